@@ -1,0 +1,1 @@
+"""sslfast: fused kernels and training loops for self-supervised learning in PyTorch."""
