@@ -1,0 +1,3 @@
+from sslfast.reference import info_nce
+
+__all__ = ["info_nce"]

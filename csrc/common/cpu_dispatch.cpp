@@ -1,0 +1,56 @@
+#include "csrc/common/cpu_dispatch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace sslfast {
+namespace {
+
+constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+
+CpuCapability best_capability() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512) return CpuCapability::Avx512;
+  if (avx2) return CpuCapability::Avx2;
+#endif
+  return CpuCapability::Default;
+}
+
+CpuCapability parse(const std::string& name) {
+  const auto names = available_cpu_capabilities();
+  const auto found = std::find(names.begin(), names.end(), name);
+  if (found != names.end()) return static_cast<CpuCapability>(found - names.begin());
+  std::string choices;
+  for (const auto& n : names) choices += (choices.empty() ? "" : ", ") + n;
+  throw std::invalid_argument("SSLFAST_CPU_CAPABILITY: expected one of " + choices + " on this machine, got '" + name +
+                              "'");
+}
+
+std::atomic<CpuCapability>& current() {
+  static std::atomic<CpuCapability> capability = [] {
+    const char* wanted = std::getenv("SSLFAST_CPU_CAPABILITY");
+    return wanted != nullptr && *wanted != '\0' ? parse(wanted) : best_capability();
+  }();
+  return capability;
+}
+
+}  // namespace
+
+CpuCapability cpu_capability() { return current().load(std::memory_order_relaxed); }
+
+void set_cpu_capability(const std::string& name) { current().store(parse(name), std::memory_order_relaxed); }
+
+std::string cpu_capability_name() { return kNames[static_cast<int>(cpu_capability())]; }
+
+std::vector<std::string> available_cpu_capabilities() {
+  const int best = static_cast<int>(best_capability());
+  return {kNames, kNames + best + 1};
+}
+
+}  // namespace sslfast

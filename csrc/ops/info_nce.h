@@ -1,0 +1,80 @@
+// InfoNCE between the rows of one matrix: NT-Xent, the loss of SimCLR (Chen et al. 2020, arXiv 2002.05709).
+//
+// z1 and z2 (batch, dim) hold two views of the same samples; z = [z1; z2] has rows = 2·batch rows, and row i's positive is
+// p(i), the other view of its sample. With ẑ_i = z_i / max(‖z_i‖, 1e-12) and s = 1/temperature:
+//
+//   c_ij = ⟨ẑ_i, ẑ_j⟩     lse_i = log Σ_{j≠i} exp(s·c_ij)     loss_i = lse_i − s·c_ip(i)
+//
+// For incoming gradients w_i of loss_i, with P_ij = exp(s·c_ij − lse_i):
+//
+//   dẑ_i = s·Σ_{j≠i} (w_i·P_ij + w_j·P_ji)·ẑ_j − s·(w_i + w_p(i))·ẑ_p(i)
+//   dz_i = (dẑ_i − ⟨ẑ_i, dẑ_i⟩·ẑ_i) / ‖z_i‖
+//   dtemperature = −s/2·Σ_i ⟨ẑ_i, dẑ_i⟩        (the loss is a function of s·c only: Euler's theorem)
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+
+#include <string>
+#include <tuple>
+
+#include "csrc/common/cpu_dispatch.h"
+
+namespace sslfast {
+
+/// Row blocks and columns are padded in scratch memory to multiples of this many elements.
+inline constexpr int64_t kInfoNcePad = 32;
+
+/// Pointers are to contiguous memory. "acc" is double when z is double, and float otherwise.
+struct InfoNceForwardParams {
+  c10::ScalarType dtype;  // of z1 and z2
+  int64_t batch, dim;
+  const void* z1;  // (batch, dim)
+  const void* z2;  // (batch, dim)
+  double scale;    // s = 1/temperature
+  void* rows;      // scratch, acc: 2·padded_rows·padded_dim
+  void* inv_norm;  // scratch, acc: padded_rows
+  void* max;       // scratch, acc: padded_rows
+  double* sum;     // scratch: padded_rows
+  void* loss;      // out, acc: (2·batch)
+  void* lse;       // out, acc: (2·batch)
+};
+
+struct InfoNceBackwardParams {
+  c10::ScalarType dtype;
+  int64_t batch, dim;
+  const void* z1;
+  const void* z2;
+  double scale;
+  const void* lse;           // acc: (2·batch)
+  const void* grad_loss;     // acc: (2·batch), or one value for all rows if grad_loss_stride is 0
+  int64_t grad_loss_stride;  // 1 or 0
+  double grad_loss_factor;   // multiplies grad_loss (1/(2·batch) for a mean)
+  void* rows;                // scratch, acc: 2·padded_rows·padded_dim
+  void* inv_norm;            // scratch, acc: padded_rows
+  void* shift;               // scratch, acc: padded_rows
+  void* factor;              // scratch, acc: padded_rows
+  void* grad_rows;           // scratch, acc: padded_rows·padded_dim
+  void* tiles;               // scratch, acc: threads·tile_size
+  double* row_dot;           // scratch: padded_rows
+  void* grad_z1;             // out, dtype: (batch, dim)
+  void* grad_z2;             // out, dtype: (batch, dim)
+  double* grad_temperature;  // out: 1
+};
+
+/// Elements of one thread's tile scratch.
+inline constexpr int64_t kInfoNceTileSize = 128 * 128;
+
+SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_cpu, InfoNceForwardParams)
+SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_backward_cpu, InfoNceBackwardParams)
+
+/// → (loss, (2·batch) or reduced to (); lse, (2·batch)), both float32 (float64 for float64 input). temperature: one element.
+std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const at::Tensor& z2,
+                                                    const at::Tensor& temperature, const std::string& reduction);
+
+/// → (grad_z1, grad_z2, grad_temperature); grad_loss has the shape of loss.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& grad_loss, const at::Tensor& z1,
+                                                                 const at::Tensor& z2, const at::Tensor& temperature,
+                                                                 const at::Tensor& lse, const std::string& reduction);
+
+}  // namespace sslfast

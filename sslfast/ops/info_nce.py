@@ -1,0 +1,114 @@
+"""Fused InfoNCE losses. csrc/ops/info_nce.h has the formulas, sslfast/reference/info_nce.py the same in plain PyTorch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sslfast import _C, reference
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction: str = "mean") -> Tensor:
+    """NT-Xent, the contrastive loss of SimCLR, without the (2·batch)² similarity matrix.
+
+    Row i of `z1` and row i of `z2` are two views of one sample. Rows are L2-normalised (eps 1e-12); for each of the 2·batch
+    rows the loss is the cross-entropy of its similarities to all other rows, divided by `temperature`, with the other
+    view as the target.
+
+    Args:
+        z1, z2: (batch, dim) with batch ≥ 1 and dim ≥ 1, both of one dtype (float32, bfloat16, float16, or float64 on the
+            CPU) and device. Sums and softmax statistics are float32 (float64 for float64).
+        temperature: positive number, or a tensor with one element, which gets a gradient.
+        reduction: "mean" over the 2·batch rows, "sum", or "none".
+
+    Returns:
+        The loss, float32 (float64 for float64 input): a scalar, or (2·batch,) for "none", the rows of `z1` first.
+
+    Raises:
+        TypeError: inputs that are not floating-point tensors of one dtype.
+        ValueError: another shape, a second device, a temperature that is not positive, or an unknown reduction.
+
+    Two calls with the same input give the same bits, on any number of threads. Peak extra memory is about 6·batch·dim
+    numbers. Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
+    """
+    _check(z1, z2, temperature, reduction)
+    if z1.device.type != "cpu":
+        return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.tensor(temperature, dtype=torch.float64)
+    return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
+
+
+def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str) -> None:
+    for name, z in (("z1", z1), ("z2", z2)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(z).__name__}")
+        if not z.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {z.dtype}")
+        if z.dim() != 2:
+            raise ValueError(f"{name}: expected shape (batch, dim), got {tuple(z.shape)}")
+    if z1.shape != z2.shape:
+        raise ValueError(f"z2: expected the shape of z1, {tuple(z1.shape)}, got {tuple(z2.shape)}")
+    if z1.shape[0] == 0 or z1.shape[1] == 0:
+        raise ValueError(f"z1: expected at least one row and one column, got shape {tuple(z1.shape)}")
+    if z1.dtype != z2.dtype:
+        raise TypeError(f"z2: expected the dtype of z1, {z1.dtype}, got {z2.dtype}")
+    if z1.device != z2.device:
+        raise ValueError(f"z2: expected the device of z1, {z1.device}, got {z2.device}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if isinstance(temperature, Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"temperature: expected one element, got shape {tuple(temperature.shape)}")
+    elif not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+
+
+def _loss_dtype(z: Tensor) -> torch.dtype:
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
+@torch.library.custom_op("sslfast::info_nce_forward", mutates_args=(), device_types="cpu")
+def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    loss, lse = _C.info_nce_forward(z1, z2, temperature, reduction)
+    return (loss.clone(), lse) if reduction == "none" else (loss, lse)
+
+
+@_forward.register_fake
+def _(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    rows = z1.new_empty(2 * z1.shape[0], dtype=_loss_dtype(z1))
+    return (rows if reduction == "none" else rows.new_empty(())), torch.empty_like(rows)
+
+
+@torch.library.custom_op("sslfast::info_nce_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    grad_loss: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, lse: Tensor, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _C.info_nce_backward(grad_loss, z1, z2, temperature, lse, reduction)
+
+
+@_backward.register_fake
+def _(grad_loss, z1, z2, temperature, lse, reduction):
+    contiguous = torch.contiguous_format
+    return (
+        torch.empty_like(z1, memory_format=contiguous),
+        torch.empty_like(z2, memory_format=contiguous),
+        torch.empty_like(temperature),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    z1, z2, temperature, ctx.reduction = inputs
+    ctx.save_for_backward(z1, z2, temperature, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_of_forward(ctx, grad_loss: Tensor, _grad_lse: None):
+    z1, z2, temperature, lse = ctx.saved_tensors
+    grads = torch.ops.sslfast.info_nce_backward(grad_loss, z1, z2, temperature, lse, ctx.reduction)
+    return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
