@@ -7,15 +7,19 @@ __version__ = "0.1.0"
 
 def _load_extension() -> None:
     """Loads sslfast._C, or says in one sentence why it cannot be loaded."""
-    advice = "build it again with `pip install --no-build-isolation --force-reinstall --no-deps .`"
+    advice = "build it with `pip install --no-build-isolation .` in its source folder (add -e if you develop it)"
     try:
         from sslfast import _built_for
     except ImportError:
         raise ImportError(f"sslfast's extension module is not built: {advice}.") from None
+    # The whole version, "+cu130" too: neither patch releases nor CPU and CUDA builds of torch promise one C++ ABI.
     built, found = _built_for.TORCH_VERSION, torch.__version__
     if built != found:
-        raise ImportError(f"sslfast was built for torch {built} and torch {found} is installed: {advice}.")
-    from sslfast import _C  # noqa: F401
+        raise ImportError(f"sslfast was built for torch {built}, and torch {found} is installed: {advice}.")
+    try:
+        import sslfast._C  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"sslfast's extension module does not load ({error}): {advice}.") from error
 
 
 _load_extension()
