@@ -17,9 +17,10 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 && echo $$p && break; done)
 
 BIN     := $(abspath $(VENV))/bin
-PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --no-input install -qq
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
-READY   := $(VENV)/.sslfast-ready
+INSTALLED := $(VENV)/.sslfast-installed
+READY     := $(VENV)/.sslfast-ready
 export PATH := $(BIN):$(PATH)
 
 .PHONY: help build demo test test-sanitize bench lint format clean
@@ -72,9 +73,14 @@ $(BIN)/python:
 		"apt-get install python3 python3-venv python3-dev) or name it: make PYTHON=/path/to/python3"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(READY): pyproject.toml $(SOURCES) | $(BIN)/python
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH) into $(VENV)"; $(PIP) install -q $(TORCH); }
-	@echo "Installing the other requirements and building the extension: some minutes the first time"
-	@$(PIP) install -q "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
-	@$(PIP) install -q --no-build-isolation -e '.[test,lint]'
+# The requirements and the package itself, which builds the extension for the first time.
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "Installing $(TORCH) into $(VENV)"; $(PIP) $(TORCH); }
+	@echo "Installing what else it needs and building the extension: some minutes the first time"
+	@$(PIP) "setuptools>=77" "pybind11>=2.13" "cmake>=3.25" ninja
+	@$(PIP) --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(READY): $(INSTALLED) $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@

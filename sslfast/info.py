@@ -9,7 +9,7 @@ from sslfast import _C
 
 
 def info() -> str:
-    """Return, a line each: versions, compiler, instruction sets found and used, threads, and CUDA or why it is not there."""
+    """Return, a line each: versions, compiler, instruction sets found and used, threads, CUDA or why it is missing."""
     build = _C.build_info()
     if not build["cuda"]:
         cuda = f"not built: {build['cuda_why_not']}"
