@@ -1,0 +1,1 @@
+"""What features are worth: k-nearest neighbours, linear probes and pictures."""

@@ -1,0 +1,44 @@
+"""The command `sslfast`: finds the module of a subcommand and hands it the arguments."""
+
+import importlib
+import sys
+
+from sslfast.training import UserError
+
+COMMANDS = {
+    "simclr": ("sslfast.methods.simclr", "train an encoder on unlabelled images with SimCLR"),
+    "evaluate": ("sslfast.evaluation.evaluate", "judge the encoder of a run: kNN, linear probe, pictures"),
+    "info": ("sslfast.info", "what was built, and what of it this machine uses"),
+}
+
+HELP = """usage: sslfast COMMAND [OPTIONS]
+
+Self-supervised learning on fast kernels.
+
+commands:
+{commands}
+
+Try: sslfast simclr --data digits --epochs 20        (a minute; needs no data)
+     sslfast COMMAND --help                          (all options of a command)
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run `sslfast ARGS` and return the exit status: 0, 1 for a failure that the person can mend, 2 for wrong usage."""
+    args = sys.argv[1:] if args is None else args
+    listing = HELP.format(commands="\n".join(f"  {name:18s}{text}" for name, (_, text) in COMMANDS.items()))
+    if not args or args[0] in ("-h", "--help"):
+        print(listing)
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        print(f"sslfast: there is no command {args[0]!r}\n\n{listing}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
+    except UserError as error:
+        print(f"sslfast {args[0]}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

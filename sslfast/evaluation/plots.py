@@ -1,0 +1,107 @@
+"""The pictures of a run, as PNG files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+INK, FAINT, LINE = "#22272e", "#c9d1d9", "#1f6feb"
+RIGHT, WRONG = "#2da44e", "#d1242f"
+
+
+def loss_curve(metrics: Path, path: Path) -> None:
+    """Draw the loss and learning rate of ``metrics.jsonl`` over the epochs."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    if not lines:
+        return
+    loss = np.array([line["loss"] for line in lines])
+    epochs = np.array([line["step"] for line in lines]) * (lines[-1]["epoch"] / lines[-1]["step"])
+    window = max(1, len(loss) // 40)
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+
+    figure, axes = _figure(7, 4)
+    axes.plot(epochs, loss, color=LINE, alpha=0.25, linewidth=1)
+    axes.plot(epochs[window - 1 :], smooth, color=LINE, linewidth=2)
+    axes.set(xlabel="epoch", ylabel="NT-Xent loss", title="Training loss", xlim=(0, epochs[-1]))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    rate = axes.twinx()
+    rate.plot(epochs, [line["lr"] for line in lines], color="#8b949e", linewidth=1.2, linestyle=":")
+    rate.set_ylabel("learning rate (dotted)", color="#6e7781")
+    rate.set_ylim(bottom=0)
+    rate.spines[["top", "left"]].set_visible(False)
+    _save(figure, path)
+
+
+def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> None:
+    """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64)."""
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features.numpy())
+    shown = torch.unique(labels).tolist()
+    figure, axes = _figure(8, 6.4)
+    colors = _class_colors(len(shown))
+    for color, number in zip(colors, shown, strict=True):
+        mine = points[(labels == number).numpy()]
+        axes.scatter(*mine.T, s=7, color=color, alpha=0.75, linewidths=0, label=classes[number])
+    if len(shown) <= 20:
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=3, handletextpad=0.2)
+    axes.set(title=f"Features of {len(features):,} test images (t-SNE), coloured by class", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_aspect("equal", adjustable="datalim")
+    _save(figure, path)
+
+
+def neighbour_sheet(
+    queries: Tensor, query_labels: Tensor, found: Tensor, found_labels: Tensor, classes: list[str], path: Path
+) -> None:
+    """Draw each query image (Q, C, H, W) uint8 with its nearest neighbours (Q, k, C, H, W) in a row.
+
+    A green frame marks a neighbour of the query's class, a red frame another; labels are (Q,) and (Q, k).
+    """
+    rows, columns = found.shape[:2]
+    figure = Figure(figsize=(0.72 * (columns + 2.6), 0.72 * rows + 0.7), facecolor="white")
+    grid = figure.add_gridspec(
+        rows, columns + 2, width_ratios=[1, 0.35] + [1] * columns, left=0.16, right=0.99, bottom=0.02, top=1 - 0.6 / (0.72 * rows + 0.7), wspace=0.12, hspace=0.12,
+    )  # fmt: skip
+    for row in range(rows):
+        cells = [(0, queries[row], INK)]
+        for column in range(columns):
+            same = found_labels[row, column] == query_labels[row]
+            cells.append((column + 2, found[row, column], RIGHT if same else WRONG))
+        for column, image, color in cells:
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set(color=color, linewidth=2)
+            if column == 0:
+                name = classes[query_labels[row]]
+                axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=10)
+                if row == 0:
+                    axes.set_title("query", fontsize=10, color=INK)
+            elif column == 2 and row == 0:
+                axes.set_title("nearest training images, best first", fontsize=10, color=INK, loc="left")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float):
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.title.set(color=INK, fontsize=12)
+    return figure, axes
+
+
+def _class_colors(count: int):
+    from matplotlib import colormaps
+
+    return [colormaps["tab10" if count <= 10 else "tab20" if count <= 20 else "gist_ncar"](i % 20 if count <= 20 else i / count) for i in range(count)]  # fmt: skip
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(path.name + ".unfinished")
+    figure.savefig(temporary, dpi=150, format="png")
+    temporary.replace(path)

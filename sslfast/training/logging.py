@@ -1,0 +1,67 @@
+"""What a run says while it trains: a progress bar, ``metrics.jsonl`` and TensorBoard."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class RunLog:
+    """Write the scalars of a run to ``RUN/metrics.jsonl`` and TensorBoard, and show progress.
+
+    One line of ``metrics.jsonl`` is one logged step: ``{"step": 120, "epoch": 2, "loss": 4.2, …}``. ``position()`` belongs
+    into each checkpoint; handing it back as ``resume_at`` cuts off what was logged after that checkpoint, so that a
+    resumed run has every step once. Without a terminal, a plain line every ten seconds replaces the bar.
+    """
+
+    def __init__(self, run: Path, total_steps: int, first_step: int = 0, resume_at: int = 0):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = open(run / "metrics.jsonl", "ab")
+        self.file.truncate(resume_at)
+        self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
+        self.total_steps, self.first_step = total_steps, first_step
+        self.start = self.last_line = time.monotonic()
+        self.samples = 0
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=None, dynamic_ncols=True)
+
+    def progress(self, samples: int) -> None:
+        """Count one finished step of so many samples."""
+        self.samples += samples
+        self.bar.update()
+
+    def scalars(self, step: int, epoch: int, **values: float) -> None:
+        """Log named values for ``step``, the number of steps finished."""
+        rate = self.samples / (time.monotonic() - self.start)
+        record = {"step": step, "epoch": epoch, **values, "samples_per_second": round(rate, 1)}
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        for name, value in {**values, "samples_per_second": rate}.items():
+            self.tensorboard.add_scalar(name, value, step)
+        self.bar.set_postfix_str(f"epoch {epoch}, loss {values['loss']:.4f}, {rate:,.0f} samples/s", refresh=False)
+        if self.bar.disable and (time.monotonic() - self.last_line > 10 or step == self.total_steps):
+            self.last_line = time.monotonic()
+            left = (self.last_line - self.start) * (self.total_steps - step) / max(1, step - self.first_step)
+            print(
+                f"step {step}/{self.total_steps}, epoch {epoch}, loss {values['loss']:.4f}, "
+                f"{rate:,.0f} samples/s, {left / 60:.1f} min left",
+                flush=True,
+            )
+
+    def position(self) -> int:
+        """Return the length of ``metrics.jsonl`` in bytes, after making sure that all of it is on the disk."""
+        os.fsync(self.file.fileno())
+        return self.file.tell()
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        self.tensorboard.close()
