@@ -1,0 +1,132 @@
+"""Checkpoints are complete or absent, load without executing code, and survive a damaged disk."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from sslfast.training import UserError, checkpoint
+
+
+def weights(step):
+    return {"a.weight": torch.full((3, 4), float(step)), "a.count": torch.tensor(step)}
+
+
+def names(run):
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step()
+    state = {"step": 7, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "note": [1, 2.5, None]}
+    checkpoint.save(tmp_path, 7, model.state_dict(), state)
+    loaded, found = checkpoint.load(tmp_path)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+    assert found["step"] == 7 and found["note"] == [1, 2.5, None] and torch.equal(found["random"], state["random"])
+    momentum = found["optimizer"]["state"][0]["momentum_buffer"]
+    assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
+
+
+def test_the_last_two_are_kept(tmp_path):
+    assert checkpoint.load(tmp_path) is None
+    for step in (5, 10, 999, 1000):
+        checkpoint.save(tmp_path, step, weights(step), {"step": step})
+    assert names(tmp_path) == ["step-00000999", "step-00001000"]
+    assert checkpoint.load(tmp_path)[1]["step"] == 1000
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "state.pt"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, file, damage):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, weights(step), {"step": step})
+    path = tmp_path / "checkpoints" / "step-00000002" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
+    loaded, state = checkpoint.load(tmp_path)
+    assert state["step"] == 1 and loaded["a.count"] == 1
+    assert "step-00000002" in capsys.readouterr().out
+    checkpoint.save(tmp_path, 2, weights(2), {"step": 2})  # going on writes it again
+    assert checkpoint.load(tmp_path)[1]["step"] == 2
+
+
+def test_loading_executes_no_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    checkpoint.save(tmp_path, 1, weights(1), {"step": 1})
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.pt"
+    torch.save({"step": Bomb()}, state)
+    assert checkpoint.load(tmp_path) is None
+    state.write_bytes(pickle.dumps(Bomb()))
+    assert checkpoint.load(tmp_path) is None
+    assert not (tmp_path / "exploded").exists()
+
+
+SAVE_FOR_EVER = """
+import sys, torch, itertools
+from pathlib import Path
+from sslfast.training import checkpoint
+for step in itertools.count(1):
+    weights = {str(i): torch.full((256, 256), float(step)) for i in range(8)}
+    checkpoint.save(Path(sys.argv[1]), step, weights, {"step": step, "more": torch.full((300, 300), step)})
+    print(step, flush=True)
+"""
+
+
+def test_killed_while_writing_leaves_complete_checkpoints(tmp_path):
+    """SIGKILL at three moments of a process that does nothing but write checkpoints."""
+    for trial in range(3):
+        child = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            child.stdout.readline()
+        time.sleep(0.003 + 0.0071 * trial)
+        child.kill()
+        said = child.communicate()[0].split()
+        loaded, state = checkpoint.load(tmp_path)
+        assert state["step"] >= (int(said[-1]) if said else 3)
+        assert all((tensor == state["step"]).all() for tensor in loaded.values()) and (state["more"] == state["step"]).all()
+        assert len([name for name in names(tmp_path) if name.startswith("step-")]) <= 3
+        for folder in (tmp_path / "checkpoints").glob("step-*"):
+            if sorted(p.name for p in folder.iterdir()) != ["state.pt", "weights.safetensors"]:
+                assert folder.name < f"step-{state['step']:08d}", "only an old one may be half deleted"
+        checkpoint.save(tmp_path, state["step"], loaded, state)  # sweeps up
+        for folder in (tmp_path / "checkpoints").glob("step-*"):
+            for old in folder.iterdir():
+                old.unlink()
+            folder.rmdir()
+
+
+def test_a_run_has_its_settings(tmp_path):
+    run = tmp_path / "deep" / "run"
+    with pytest.raises(UserError, match="holds no run"):
+        checkpoint.load_config(run)
+    checkpoint.save_config(run, {"lr": 0.5})
+    assert checkpoint.load_config(run) == {"lr": 0.5}
+    with pytest.raises(UserError, match="already holds a run: continue it with --resume"):
+        checkpoint.save_config(run, {"lr": 0.6})
+    assert checkpoint.load_config(run) == {"lr": 0.5}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_sets_a_flag_and_a_second_one_interrupts(number):
+    before = signal.getsignal(number)
+    with checkpoint.stop_signal() as stop:
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+    assert signal.getsignal(number) is before

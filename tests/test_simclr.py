@@ -1,0 +1,200 @@
+"""The loop learns, and a run killed at any moment ends as one that never was."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sslfast.evaluation.evaluate import evaluate, load_encoder
+from sslfast.methods import simclr
+from sslfast.methods.simclr import SimCLR, main, train
+from sslfast.training import UserError, checkpoint
+
+SMALL = dict(data="digits", batch_size=128, head_hidden=64, head_features=32, device="cpu", log_every=1, evaluate=False)
+
+
+def small(run: Path, **changes) -> SimCLR:
+    return SimCLR(**{**SMALL, "run": str(run), **changes})
+
+
+def arguments(config: SimCLR) -> list[str]:
+    changed = [name for name in (*SMALL, "run", "epochs", "checkpoint_seconds")]
+    words = []
+    for name in changed:
+        option, value = name.replace("_", "-"), getattr(config, name)
+        words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    return words
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def results(run: Path):
+    """Everything about a run that must not depend on how often it was killed."""
+    weights, state = checkpoint.load(run)
+    curve = [(line["step"], line["epoch"], line["loss"], line["lr"]) for line in metrics(run)]
+    return weights, state, curve
+
+
+def assert_same_results(run: Path, expected: Path):
+    weights, state, curve = results(run)
+    wanted_weights, wanted_state, wanted_curve = results(expected)
+    assert curve == wanted_curve, "metrics.jsonl must have every step once, with the same loss"
+    assert weights.keys() == wanted_weights.keys()
+    assert all(torch.equal(weights[name], wanted_weights[name]) for name in weights)
+    for number, buffers in wanted_state["optimizer"]["state"].items():
+        assert torch.equal(state["optimizer"]["state"][number]["momentum_buffer"], buffers["momentum_buffer"])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of 3 epochs, 33 steps, that nobody disturbed."""
+    run = tmp_path_factory.mktemp("simclr") / "undisturbed"
+    assert train(small(run, epochs=3)) == run
+    return run
+
+
+def test_the_loss_falls(finished):
+    losses = [line["loss"] for line in metrics(finished)]
+    assert len(losses) == 33
+    assert sum(losses[-5:]) / 5 < sum(losses[:3]) / 3 - 0.5
+
+
+def test_the_rate_follows_the_batch_and_the_cosine(finished):
+    rates = [line["lr"] for line in metrics(finished)]
+    assert max(rates) == pytest.approx(SimCLR.lr * 128 / 256) and rates[-1] < 0.02 * max(rates)
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(finished, tmp_path):
+    train(small(tmp_path / "again", epochs=3))
+    assert_same_results(tmp_path / "again", finished)
+    train(small(tmp_path / "other", epochs=3, seed=1))
+    assert results(tmp_path / "other")[2] != results(finished)[2]
+
+
+def spawn(*args: str) -> subprocess.Popen:
+    command = f"import torch, sys; torch.set_num_threads({torch.get_num_threads()}); from sslfast.cli import main; sys.exit(main())"
+    return subprocess.Popen(
+        [sys.executable, "-c", command, "simclr", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_a_step_after(run: Path, step: int, child: subprocess.Popen) -> None:
+    while child.poll() is None:
+        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") > step:
+            return
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_and_resumed_it_ends_the_same_bit_for_bit(finished, tmp_path):
+    """SIGKILL three times at random moments of a run that writes a checkpoint after every step, so that many fall into it."""
+    run, dice, kills = tmp_path / "killed", random.Random(), 0
+    config = small(run, epochs=3, checkpoint_seconds=0.0)
+    child = spawn(*arguments(config))
+    for target in (3, 12, 21):
+        wait_for_a_step_after(run, target, child)
+        time.sleep(dice.random() * 0.1)
+        child.kill()
+        child.communicate()
+        kills += child.returncode == -signal.SIGKILL
+        child = spawn("--resume", str(run))
+    assert child.wait(120) == 0, child.communicate()[0]
+    assert kills == 3, "the run was over before it could be killed"
+    assert_same_results(run, finished)
+
+
+def test_killed_before_the_first_checkpoint_it_starts_again(finished, tmp_path):
+    run = tmp_path / "early"
+    checkpoint.save_config(run, checkpoint.load_config(finished) | {"run": str(run)})
+    (run / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "loss": 4.0, "lr": 0.1}\n{"step": 2, "ep')
+    main(["--resume", str(run)])
+    assert_same_results(run, finished)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
+    run = tmp_path / "stopped"
+    child = spawn(*arguments(small(run, epochs=3)))
+    wait_for_a_step_after(run, 5, child)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate(timeout=60)[0]
+    assert child.returncode == 0 and f"sslfast simclr --resume {run}" in said
+    step = int(re.search(r"stopped at step (\d+) of 33", said)[1])
+    assert checkpoint.load(run)[1]["step"] == step and 5 < step < 33
+    main(["--resume", str(run)])
+    assert_same_results(run, finished)
+
+
+def test_a_longer_run_can_be_asked_for_on_resume(finished, tmp_path):
+    run = tmp_path / "longer"
+    train(small(run, epochs=1))
+    main(["--resume", str(run), "--epochs", "2"])
+    assert [line["step"] for line in metrics(run)] == list(range(1, 23))
+    assert checkpoint.load_config(run)["epochs"] == 2
+
+
+def test_other_settings_cannot_change_on_resume(finished):
+    with pytest.raises(UserError, match=r"--batch-size was 128 when .* began"):
+        main(["--resume", str(finished), "--batch-size", "64"])
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished):
+    with pytest.raises(UserError, match="already holds a run"):
+        train(small(finished))
+
+
+def test_resume_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        main(["--resume", str(tmp_path / "nothing")])
+
+
+def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    class Explodes(torch.nn.Module):
+        def __init__(self, temperature):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, first, second):
+            self.calls += 1
+            return (first - second).square().mean() * (float("nan") if self.calls > 4 else 1)
+
+    monkeypatch.setattr(simclr, "NTXentLoss", Explodes)
+    with pytest.raises(UserError, match=r"loss became nan at step 5 .epoch 1.*lower --lr"):
+        train(small(tmp_path / "run", epochs=1, checkpoint_seconds=0.0))
+    weights, state = checkpoint.load(tmp_path / "run")
+    assert state["step"] == 4 and all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_batch_larger_than_the_data(tmp_path):
+    with pytest.raises(UserError, match="--batch-size 2000 is more than the 1437 images"):
+        train(small(tmp_path / "run", batch_size=2000))
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "lars", "lr": 1.0}, {"precision": "float32"}, {"head_layers": 3}], ids=str)
+def test_variants_learn(tmp_path, changes):
+    train(small(tmp_path / "run", epochs=2, **changes))
+    losses = [line["loss"] for line in metrics(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_evaluation_of_a_run(finished, capsys):
+    results = evaluate(finished, map_samples=120)
+    assert set(results) == {"raw pixels", "untrained encoder", "simclr"}
+    assert all(60 < value <= 100 for row in results.values() for value in row.values())
+    assert results["raw pixels"]["knn10"] > 95  # scikit-learn's digits are easy, by pixels above all
+    assert json.loads((finished / "evaluation.json").read_text()) == results
+    assert {p.name for p in finished.glob("*.png")} == {"loss.png", "embedding.png", "neighbours.png"}
+    said = capsys.readouterr().out
+    assert "kNN(10)" in said and "untrained encoder" in said
+
+    trained, untrained = load_encoder(finished).state_dict(), load_encoder(finished, trained=False).state_dict()
+    assert not any(torch.equal(trained[name], untrained[name]) for name in trained if name.endswith("conv.weight"))
+    torch.manual_seed(0)
+    assert all(torch.equal(untrained[k], v) for k, v in simclr.build_encoder("small", 1).state_dict().items())
