@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 EncoderName = Literal["small", "resnet18-cifar", "resnet18", "resnet50-cifar", "resnet50"]
@@ -16,15 +17,16 @@ def conv_bn_relu(channels_in: int, channels_out: int, stride: int = 1) -> nn.Seq
 
 
 class SmallEncoder(nn.Module):
-    """A fast convolutional encoder for images of 16 to 64 pixels: (N, C, H, W) -> (N, 4 * width) features.
+    """A fast convolutional encoder for images of 16 to 64 pixels: (N, C, H, W) -> (N, 16 * width) features.
 
-    H and W must be multiples of 2. The first layer folds each 2×2 block of pixels into channels, because convolutions
-    with one or three input channels at full resolution cost more than all that follows.
+    H and W must be even. The first layer folds each 2×2 block of pixels into channels, because convolutions with one or
+    three input channels at full resolution cost more than all that follows. The last averages over quadrants rather
+    than the whole image: where something is matters in small, centred pictures.
     """
 
     def __init__(self, in_channels: int, width: int = 64):
         super().__init__()
-        self.features = 4 * width
+        self.features = 16 * width
         self.layers = nn.Sequential(
             nn.PixelUnshuffle(2),
             conv_bn_relu(4 * in_channels, width),
@@ -35,34 +37,35 @@ class SmallEncoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images).mean((2, 3))
+        return F.adaptive_avg_pool2d(self.layers(images), 2).flatten(1)
 
 
-def build_encoder(name: str, in_channels: int) -> nn.Module:
-    """Return an untrained encoder that maps (N, in_channels, H, W) to (N, encoder.features).
+def build_encoder(name: str, in_channels: int) -> tuple[nn.Module, int]:
+    """Return (encoder, F): an untrained encoder that maps images (N, in_channels, H, W) to features (N, F).
 
     ``name`` is an ``EncoderName``. ResNets are torchvision's; their ``-cifar`` form has the stem of SimCLR's CIFAR-10
     experiments (arXiv 2002.05709, appendix B.9): a 3×3 convolution of stride 1 and no max-pooling.
     """
     if name == "small":
-        return SmallEncoder(in_channels)
+        encoder = SmallEncoder(in_channels)
+        return encoder, encoder.features
     if name not in get_args(EncoderName):
         raise ValueError(f"encoder must be one of {', '.join(get_args(EncoderName))}, not {name!r}")
     import torchvision
 
     kind, _, stem = name.partition("-")
-    encoder = getattr(torchvision.models, kind)(weights=None)
-    encoder.features, encoder.fc = encoder.fc.in_features, nn.Identity()
+    resnet = getattr(torchvision.models, kind)(weights=None)
+    features, resnet.fc = resnet.fc.in_features, nn.Identity()
     if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
-        encoder.maxpool = nn.Identity()
+        resnet.conv1 = nn.Conv2d(in_channels, 64, 3, stride=1, padding=1, bias=False)
+        resnet.maxpool = nn.Identity()
     elif in_channels != 3:
-        encoder.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
-    return encoder
+        resnet.conv1 = nn.Conv2d(in_channels, 64, 7, stride=2, padding=3, bias=False)
+    return resnet, features
 
 
 def projection_head(in_features: int, hidden: int, out_features: int, layers: int = 2) -> nn.Sequential:
-    """Return SimCLR's MLP head (N, in_features) -> (N, out_features): 2 layers as in v1, 3 as in v2 (arXiv 2006.10029)."""
+    """Return SimCLR's MLP head (N, in_features) -> (N, out_features): 2 layers as in v1, 3 in v2 (arXiv 2006.10029)."""
     if layers < 1:
         raise ValueError(f"layers must be at least 1, not {layers}")
     modules: list[nn.Module] = []

@@ -30,7 +30,9 @@ def test_what_is_saved_is_loaded(tmp_path):
     checkpoint.save(tmp_path, 7, model.state_dict(), state)
     loaded, found = checkpoint.load(tmp_path)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
-    assert found["step"] == 7 and found["note"] == [1, 2.5, None] and torch.equal(found["random"], state["random"])
+    assert found["step"] == 7
+    assert found["note"] == [1, 2.5, None]
+    assert torch.equal(found["random"], state["random"])
     momentum = found["optimizer"]["state"][0]["momentum_buffer"]
     assert torch.equal(momentum, optimizer.state_dict()["state"][0]["momentum_buffer"])
 
@@ -54,7 +56,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, file
     if damage != "gone":
         path.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     loaded, state = checkpoint.load(tmp_path)
-    assert state["step"] == 1 and loaded["a.count"] == 1
+    assert state["step"] == 1
+    assert loaded["a.count"] == 1
     assert "step-00000002" in capsys.readouterr().out
     checkpoint.save(tmp_path, 2, weights(2), {"step": 2})  # going on writes it again
     assert checkpoint.load(tmp_path)[1]["step"] == 2
@@ -88,7 +91,8 @@ for step in itertools.count(1):
 def test_killed_while_writing_leaves_complete_checkpoints(tmp_path):
     """SIGKILL at three moments of a process that does nothing but write checkpoints."""
     for trial in range(3):
-        child = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         for _ in range(3):
             child.stdout.readline()
         time.sleep(0.003 + 0.0071 * trial)
@@ -96,7 +100,8 @@ def test_killed_while_writing_leaves_complete_checkpoints(tmp_path):
         said = child.communicate()[0].split()
         loaded, state = checkpoint.load(tmp_path)
         assert state["step"] >= (int(said[-1]) if said else 3)
-        assert all((tensor == state["step"]).all() for tensor in loaded.values()) and (state["more"] == state["step"]).all()
+        assert all((tensor == state["step"]).all() for tensor in loaded.values())
+        assert (state["more"] == state["step"]).all()
         assert len([name for name in names(tmp_path) if name.startswith("step-")]) <= 3
         for folder in (tmp_path / "checkpoints").glob("step-*"):
             if sorted(p.name for p in folder.iterdir()) != ["state.pt", "weights.safetensors"]:
@@ -127,6 +132,5 @@ def test_a_signal_sets_a_flag_and_a_second_one_interrupts(number):
         os.kill(os.getpid(), number)
         assert stop()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            time.sleep(1)
+            signal.raise_signal(number)
     assert signal.getsignal(number) is before

@@ -42,7 +42,8 @@ def test_help_of_simclr_explains_every_option(capsys):
 def test_help_of_evaluate(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["evaluate", "--help"])
-    assert stop.value.code == 0 and "--map-samples" in capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "--map-samples" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("bad", [["--epochs", "many"], ["--encoder", "vgg"], ["--no-such-option"]], ids=" ".join)
@@ -65,9 +66,12 @@ def test_bad_options_are_wrong_usage(bad, capsys):
 def test_mistakes_are_told_in_a_sentence(args, message, capsys):
     assert main(args) == 1
     said = capsys.readouterr().err
-    assert message in said and said.startswith(f"sslfast {args[0]}: ")
+    assert message in said
+    assert said.startswith(f"sslfast {args[0]}: ")
 
 
 def test_as_a_process():
     result = sslfast("simclr", "--data", "/nowhere")
-    assert result.returncode == 1 and "Traceback" not in result.stderr and "/nowhere" in result.stderr
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "/nowhere" in result.stderr

@@ -9,10 +9,10 @@ from sslfast.models import build_encoder, projection_head
 @pytest.mark.parametrize(
     ("name", "channels", "size", "features"),
     [
-        ("small", 1, 16, None),
-        ("small", 1, 28, None),
-        ("small", 3, 32, None),
-        ("small", 3, 64, None),
+        ("small", 1, 16, 1024),
+        ("small", 1, 28, 1024),
+        ("small", 3, 32, 1024),
+        ("small", 3, 64, 1024),
         ("resnet18-cifar", 3, 32, 512),
         ("resnet18", 1, 64, 512),
         ("resnet50", 3, 64, 2048),
@@ -20,23 +20,23 @@ from sslfast.models import build_encoder, projection_head
     ],
 )
 def test_encoder_shapes(name, channels, size, features):
-    encoder = build_encoder(name, channels)
+    encoder, width = build_encoder(name, channels)
     out = encoder(torch.randn(2, channels, size, size))
-    assert out.shape == (2, encoder.features)
-    assert features in (None, encoder.features)
+    assert out.shape == (2, width)
+    assert width == features
     assert out.isfinite().all()
 
 
 def test_cifar_stem_keeps_the_resolution():
-    assert build_encoder("resnet18-cifar", 3).conv1.stride == (1, 1)
-    assert build_encoder("resnet18", 3).conv1.stride == (2, 2)
+    assert build_encoder("resnet18-cifar", 3)[0].conv1.stride == (1, 1)
+    assert build_encoder("resnet18", 3)[0].conv1.stride == (2, 2)
 
 
 def test_the_seed_decides_the_weights():
     weights = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        weights.append(build_encoder("small", 1).state_dict())
+        weights.append(build_encoder("small", 1)[0].state_dict())
     first, second, third = weights
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert not all(torch.equal(first[k], third[k]) for k in first)
@@ -50,7 +50,7 @@ def test_head(layers):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="encoder must be one of small, .*not 'vgg'"):
+    with pytest.raises(ValueError, match=r"encoder must be one of small, .*not 'vgg'"):
         build_encoder("vgg", 3)
     with pytest.raises(ValueError, match="layers must be at least 1, not 0"):
         projection_head(4, 4, 4, 0)

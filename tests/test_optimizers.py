@@ -64,8 +64,10 @@ def test_lars_refuses_bad_settings(bad):
 def test_only_matrices_and_filters_decay():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2))
     decayed, plain = parameter_groups(model, 0.1)
-    assert [p.ndim for p in decayed["params"]] == [4] and decayed["weight_decay"] == 0.1
-    assert [p.ndim for p in plain["params"]] == [1, 1, 1] and plain["weight_decay"] == 0
+    assert [p.ndim for p in decayed["params"]] == [4]
+    assert decayed["weight_decay"] == 0.1
+    assert [p.ndim for p in plain["params"]] == [1, 1, 1]
+    assert plain["weight_decay"] == 0
 
 
 def test_warmup_then_cosine():

@@ -17,7 +17,15 @@ from sslfast.methods import simclr
 from sslfast.methods.simclr import SimCLR, main, train
 from sslfast.training import UserError, checkpoint
 
-SMALL = dict(data="digits", batch_size=128, head_hidden=64, head_features=32, device="cpu", log_every=1, evaluate=False)
+SMALL = {
+    "data": "digits",
+    "batch_size": 128,
+    "head_hidden": 64,
+    "head_features": 32,
+    "device": "cpu",
+    "log_every": 1,
+    "evaluate": False,
+}
 
 
 def small(run: Path, **changes) -> SimCLR:
@@ -25,11 +33,9 @@ def small(run: Path, **changes) -> SimCLR:
 
 
 def arguments(config: SimCLR) -> list[str]:
-    changed = [name for name in (*SMALL, "run", "epochs", "checkpoint_seconds")]
-    words = []
-    for name in changed:
-        option, value = name.replace("_", "-"), getattr(config, name)
-        words += [f"--{option}" if value else f"--no-{option}"] if isinstance(value, bool) else [f"--{option}", str(value)]
+    words = ["--no-evaluate"]
+    for name in {*SMALL, "run", "epochs", "checkpoint_seconds"} - {"evaluate"}:
+        words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
     return words
 
 
@@ -70,7 +76,8 @@ def test_the_loss_falls(finished):
 
 def test_the_rate_follows_the_batch_and_the_cosine(finished):
     rates = [line["lr"] for line in metrics(finished)]
-    assert max(rates) == pytest.approx(SimCLR.lr * 128 / 256) and rates[-1] < 0.02 * max(rates)
+    assert max(rates) == pytest.approx(SimCLR.lr * 128 / 256)
+    assert rates[-1] < 0.02 * max(rates)
 
 
 def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(finished, tmp_path):
@@ -81,10 +88,12 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(finished, tmp_p
 
 
 def spawn(*args: str) -> subprocess.Popen:
-    command = f"import torch, sys; torch.set_num_threads({torch.get_num_threads()}); from sslfast.cli import main; sys.exit(main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", command, "simclr", *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    program = (
+        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
+        "from sslfast.cli import main; sys.exit(main())"
     )
+    command = [sys.executable, "-c", program, "simclr", *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_a_step_after(run: Path, step: int, child: subprocess.Popen) -> None:
@@ -95,7 +104,7 @@ def wait_for_a_step_after(run: Path, step: int, child: subprocess.Popen) -> None
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same_bit_for_bit(finished, tmp_path):
-    """SIGKILL three times at random moments of a run that writes a checkpoint after every step, so that many fall into it."""
+    """SIGKILL three times at random moments of a run that writes a checkpoint after every step."""
     run, dice, kills = tmp_path / "killed", random.Random(), 0
     config = small(run, epochs=3, checkpoint_seconds=0.0)
     child = spawn(*arguments(config))
@@ -125,9 +134,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
     wait_for_a_step_after(run, 5, child)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[0]
-    assert child.returncode == 0 and f"sslfast simclr --resume {run}" in said
+    assert child.returncode == 0
+    assert f"sslfast simclr --resume {run}" in said
     step = int(re.search(r"stopped at step (\d+) of 33", said)[1])
-    assert checkpoint.load(run)[1]["step"] == step and 5 < step < 33
+    assert checkpoint.load(run)[1]["step"] == step
+    assert 5 < step < 33
     main(["--resume", str(run)])
     assert_same_results(run, finished)
 
@@ -169,7 +180,8 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkey
     with pytest.raises(UserError, match=r"loss became nan at step 5 .epoch 1.*lower --lr"):
         train(small(tmp_path / "run", epochs=1, checkpoint_seconds=0.0))
     weights, state = checkpoint.load(tmp_path / "run")
-    assert state["step"] == 4 and all(tensor.isfinite().all() for tensor in weights.values())
+    assert state["step"] == 4
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_batch_larger_than_the_data(tmp_path):
@@ -177,7 +189,9 @@ def test_a_batch_larger_than_the_data(tmp_path):
         train(small(tmp_path / "run", batch_size=2000))
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "lars", "lr": 1.0}, {"precision": "float32"}, {"head_layers": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"optimizer": "lars", "lr": 1.0}, {"precision": "float32"}, {"head_layers": 3}], ids=str
+)
 def test_variants_learn(tmp_path, changes):
     train(small(tmp_path / "run", epochs=2, **changes))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
@@ -192,9 +206,10 @@ def test_evaluation_of_a_run(finished, capsys):
     assert json.loads((finished / "evaluation.json").read_text()) == results
     assert {p.name for p in finished.glob("*.png")} == {"loss.png", "embedding.png", "neighbours.png"}
     said = capsys.readouterr().out
-    assert "kNN(10)" in said and "untrained encoder" in said
+    assert "kNN(10)" in said
+    assert "untrained encoder" in said
 
     trained, untrained = load_encoder(finished).state_dict(), load_encoder(finished, trained=False).state_dict()
-    assert not any(torch.equal(trained[name], untrained[name]) for name in trained if name.endswith("conv.weight"))
+    assert not any(torch.equal(trained[name], untrained[name]) for name in trained if name.endswith("0.weight"))
     torch.manual_seed(0)
-    assert all(torch.equal(untrained[k], v) for k, v in simclr.build_encoder("small", 1).state_dict().items())
+    assert all(torch.equal(untrained[k], v) for k, v in simclr.build_encoder("small", 1)[0].state_dict().items())

@@ -58,8 +58,13 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
     train_features, train_ids = extract(kinds, train, config["size"], config["workers"])
     test_features, test_ids = extract(kinds, test, config["size"], config["workers"])
     train_labels, test_labels = train.labels[train_ids], test.labels[test_ids]
-    print(f"features of {len(train_ids):,} training and {len(test_ids):,} test images: {time.monotonic() - start:.0f} s")
+    seconds = time.monotonic() - start
+    print(f"features of {len(train_ids):,} training and {len(test_ids):,} test images: {seconds:.0f} s")
 
+    for kind in kinds:  # cosine similarity depends on the origin: give every representation its best one
+        mean = train_features[kind].mean(0)
+        train_features[kind] -= mean
+        test_features[kind] -= mean
     results = {}
     print(f"\n{'test accuracy, %':20s}{'kNN(10)':>10s}{'kNN(200)':>10s}{'linear':>10s}")
     for kind in kinds:
@@ -69,12 +74,12 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
         print(f"{kind:20s}" + "".join(f"{value:10.1f}" for value in results[kind].values()), flush=True)
     checkpoint.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
 
-    features, test_kind = test_features[config["method"]], train_features[config["method"]]
+    features, train_vectors = test_features[config["method"]], train_features[config["method"]]
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
     sample = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:map_samples]
     plots.embedding_map(features[sample], test_labels[sample], test.classes, run / "embedding.png")
     first = torch.stack([(test_labels == c).nonzero()[0, 0] for c in test_labels.unique()[:10]])
-    index = nearest(features[first], test_kind, min(10, len(train_ids)))[1]
+    index = nearest(features[first], train_vectors, min(10, len(train_ids)))[1]
     plots.neighbour_sheet(
         pictures(test, test_ids[first], config["size"]),
         test_labels[first],
@@ -90,11 +95,11 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
 def load_encoder(run: Path | str, trained: bool = True) -> nn.Module:
     """Return the encoder of a run, in evaluation mode on the CPU; with ``trained=False`` as it was before training.
 
-    It maps images in [-1, 1], (N, C, H, W), to features (N, encoder.features).
+    It maps images in [-1, 1], (N, C, H, W), to features (N, F).
     """
     config = checkpoint.load_config(Path(run))
     torch.manual_seed(config["seed"])
-    encoder = build_encoder(config["encoder"], config["channels"])
+    encoder, _ = build_encoder(config["encoder"], config["channels"])
     if trained:
         loaded = checkpoint.load(Path(run))
         if loaded is None:
@@ -106,7 +111,7 @@ def load_encoder(run: Path | str, trained: bool = True) -> nn.Module:
 
 def encoder_features(encoder: nn.Module, device: str, precision: str) -> Callable[[Tensor], Tensor]:
     """Return a function from uint8 images (n, C, H, W) to the encoder's features (n, F), float32 on the CPU."""
-    encoder.to(device, memory_format=torch.channels_last)
+    encoder.to(device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def function(pixels: Tensor) -> Tensor:
@@ -135,6 +140,7 @@ def extract(
     parts = [rows[start : start + 500] for start in range(0, len(rows), 500)]
     for pixels, chosen in data.batches(images, parts, workers, square=size):
         ids.append(chosen)
+        assert isinstance(pixels, Tensor)
         for name, function in functions.items():
             found[name].append(function(pixels))
     return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(ids)
@@ -142,4 +148,6 @@ def extract(
 
 def pictures(images: data.Images, rows: Tensor, size: int) -> Tensor:
     """Return images (n, C, size, size) uint8 by row number."""
-    return next(data.batches(images, [rows.numpy()], square=size))[0]
+    pixels, _ = next(data.batches(images, [rows.numpy()], square=size))
+    assert isinstance(pixels, Tensor)
+    return pixels

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2 = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)  # the penalties among which the probe chooses, strongest first
+L2 = (1e-1, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)  # the penalties among which the probe chooses, strongest first
 
 
 def fit_logistic_regression(
@@ -40,8 +40,8 @@ def linear_probe(
 ) -> float:
     """Return the test accuracy in percent of logistic regression on features standardised by the training set.
 
-    Unless ``l2`` is given, the best of ``L2`` on a fifth of the training set (at most 10,000 samples), held out of a fit
-    on the rest, is taken: each representation is judged by the penalty that suits it.
+    Unless ``l2`` is given, each representation is judged by the penalty that suits it: the best of ``L2`` on a fifth of
+    the training set (at most 10,000 samples), held out of fits on the rest.
     """
     classes = int(train_labels.max()) + 1
     deviation, mean = torch.std_mean(train, dim=0)
@@ -55,19 +55,18 @@ def linear_probe(
 
 
 def _choose_l2(features: Tensor, labels: Tensor, classes: int) -> tuple[float, tuple[Tensor, Tensor]]:
-    """Walk from the strongest penalty to the weakest, each fit starting at the last, until accuracy has passed its peak."""
+    """Walk from the strongest penalty to the weakest, each fit starting at the last, until the accuracy falls."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     held_out, fitted = order.split([min(10_000, len(order) // 5), len(order) - min(10_000, len(order) // 5)])
     known, known_labels = features[fitted], labels[fitted]
-    best, solution = (-1.0, L2[0], None), None
+    solution, fits = None, []
     for l2 in L2:
         solution = fit_logistic_regression(known, known_labels, classes, l2, solution, iterations=60)
-        accuracy = _accuracy(features[held_out], labels[held_out], *solution)
-        if accuracy > best[0]:
-            best = (accuracy, l2, solution)
-        elif accuracy < best[0] - 0.2:
+        fits.append((_accuracy(features[held_out], labels[held_out], *solution), l2, solution))
+        if fits[-1][0] < max(fit[0] for fit in fits) - 0.2:
             break
-    return best[1], best[2]
+    _, l2, solution = max(fits, key=lambda fit: fit[0])
+    return l2, solution
 
 
 def _accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification (Wu et al., arXiv 1805.01978), the usual monitor of self-supervised features."""
+"""Weighted k-nearest-neighbour classification (Wu et al., arXiv 1805.01978)."""
 
 from collections.abc import Sequence
 

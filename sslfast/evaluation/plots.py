@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -43,15 +44,16 @@ def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Pa
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features.numpy())
     shown = torch.unique(labels).tolist()
     figure, axes = _figure(8, 6.4)
-    colors = _class_colors(len(shown))
-    for color, number in zip(colors, shown, strict=True):
+    palette = colormaps["tab10" if len(shown) <= 10 else "tab20" if len(shown) <= 20 else "gist_ncar"]
+    for place, number in enumerate(shown):
+        color = palette(place if len(shown) <= 20 else place / len(shown))
         mine = points[(labels == number).numpy()]
         axes.scatter(*mine.T, s=7, color=color, alpha=0.75, linewidths=0, label=classes[number])
     if len(shown) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=3, handletextpad=0.2)
     axes.set(title=f"Features of {len(features):,} test images (t-SNE), coloured by class", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    axes.set_aspect("equal", adjustable="datalim")
+    axes.margins(0.02)
     _save(figure, path)
 
 
@@ -63,10 +65,10 @@ def neighbour_sheet(
     A green frame marks a neighbour of the query's class, a red frame another; labels are (Q,) and (Q, k).
     """
     rows, columns = found.shape[:2]
-    figure = Figure(figsize=(0.72 * (columns + 2.6), 0.72 * rows + 0.7), facecolor="white")
-    grid = figure.add_gridspec(
-        rows, columns + 2, width_ratios=[1, 0.35] + [1] * columns, left=0.16, right=0.99, bottom=0.02, top=1 - 0.6 / (0.72 * rows + 0.7), wspace=0.12, hspace=0.12,
-    )  # fmt: skip
+    width, height = 0.72 * (columns + 2.6), 0.72 * rows + 0.4
+    figure = Figure(figsize=(width, height), facecolor="white")
+    grid = figure.add_gridspec(rows, columns + 2, width_ratios=[1, 0.35] + [1] * columns, wspace=0.12, hspace=0.12)
+    grid.update(left=0.15, right=1 - 0.08 / width, bottom=0.08 / height, top=1 - 0.32 / height)
     for row in range(rows):
         cells = [(0, queries[row], INK)]
         for column in range(columns):
@@ -74,7 +76,7 @@ def neighbour_sheet(
             cells.append((column + 2, found[row, column], RIGHT if same else WRONG))
         for column, image, color in cells:
             axes = figure.add_subplot(grid[row, column])
-            axes.imshow(image.squeeze(0) if image.shape[0] == 1 else image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=255)
+            axes.imshow(image.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color=color, linewidth=2)
             if column == 0:
@@ -93,12 +95,6 @@ def _figure(width: float, height: float):
     axes.spines[["top", "right"]].set_visible(False)
     axes.title.set(color=INK, fontsize=12)
     return figure, axes
-
-
-def _class_colors(count: int):
-    from matplotlib import colormaps
-
-    return [colormaps["tab10" if count <= 10 else "tab20" if count <= 20 else "gist_ncar"](i % 20 if count <= 20 else i / count) for i in range(count)]  # fmt: skip
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -109,8 +109,8 @@ def main(args: list[str] | None = None) -> None:
     """The command `sslfast simclr`."""
     config = tyro.cli(SimCLR, args=args, prog="sslfast simclr")
     if config.resume:
-        saved = checkpoint.load_config(Path(config.resume))
-        del saved["method"]
+        settings = checkpoint.load_config(Path(config.resume))
+        saved = {field.name: settings[field.name] for field in dataclasses.fields(SimCLR)}
         config = tyro.cli(SimCLR, args=args, prog="sslfast simclr", default=SimCLR(**saved))
         for name, old in saved.items():
             if name not in RESUME_MAY_CHANGE and getattr(config, name) != old:
@@ -146,12 +146,13 @@ def train(config: SimCLR) -> Path | None:
 
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
-    encoder = build_encoder(config.encoder, images.channels)
-    head = projection_head(encoder.features, config.head_hidden, config.head_features, config.head_layers)
-    model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device, memory_format=torch.channels_last)
+    encoder, features = build_encoder(config.encoder, images.channels)
+    head = projection_head(features, config.head_hidden, config.head_features, config.head_layers)
+    model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if config.compile else model
     criterion = NTXentLoss(config.temperature)
     groups = optimizers.parameter_groups(model, config.weight_decay)
+    optimizer: torch.optim.Optimizer
     if config.optimizer == "lars":
         optimizer = optimizers.LARS(groups, lr=config.lr, momentum=config.momentum)
     else:
@@ -169,8 +170,12 @@ def train(config: SimCLR) -> Path | None:
     log = RunLog(run, total_steps, first_step=step, resume_at=log_position)
 
     def save() -> None:
-        state = {"step": step, "log_position": log.position()}
-        state |= {"optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+        state = {
+            "step": step,
+            "log_position": log.position(),
+            "optimizer": optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
         checkpoint.save(run, step, model.state_dict(), state)
 
     model.train()
@@ -216,7 +221,7 @@ def train(config: SimCLR) -> Path | None:
     return run
 
 
-def best_precision(device: str) -> str:
+def best_precision(device: str) -> Literal["float32", "bfloat16"]:
     """Return "bfloat16" where it speeds up matrix products, else "float32"."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

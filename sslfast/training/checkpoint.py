@@ -91,7 +91,7 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
     A second Ctrl-C interrupts at once.
     """
-    received = []
+    received: list[int] = []
 
     def handler(number, frame):
         if received:

@@ -7,6 +7,7 @@ batches, in the method.
 import gzip
 import signal
 import struct
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +19,15 @@ from torch import Tensor
 from sslfast.training import UserError
 
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
-FASHION_MNIST_CLASSES = "T-shirt Trouser Pullover Dress Coat Sandal Shirt Sneaker Bag Boot".split()
+FASHION_MNIST_CLASSES = [
+    *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Boot"),
+]
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
-IDX_NAMES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-             "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}  # fmt: skip
+IDX_NAMES = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
 
 
 @dataclass
@@ -86,7 +92,8 @@ def batches(
 
     pixels: uint8 (n, C, H, W); for image files a list of n tensors (3, h, w) of their own sizes, or with ``square`` one
     tensor of centre crops. ids: int64 (n,), the row numbers. A file that cannot be decoded is left out of its batch,
-    named and counted in ``images.skipped`` (``corrupt="skip"``), or raises UserError (``"stop"``). ``workers`` processes decode files; 0 decodes here.
+    named and counted in ``images.skipped`` (``corrupt="skip"``), or raises UserError (``"stop"``). ``workers``
+    processes decode files; 0 decodes here.
     """
     if isinstance(images.source, Tensor):
         for chosen in rows:
@@ -97,7 +104,7 @@ def batches(
     files = _Files(images.source, square)
     loader = torch.utils.data.DataLoader(
         files,
-        batch_sampler=list(rows),
+        batch_sampler=[chosen.tolist() for chosen in rows],
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=_start_worker,
@@ -115,8 +122,8 @@ def batches(
                 print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
         if not good:
             raise UserError(f"not one of {len(items)} image files could be decoded, {images.source[items[0][0]]} first")
-        pixels = [decoded for _, decoded in good]
-        yield (torch.stack(pixels) if square else pixels), torch.tensor([row for row, _ in good])
+        ids, decoded_images = torch.tensor([row for row, _ in good]), [decoded for _, decoded in good]
+        yield (torch.stack(decoded_images) if square else decoded_images), ids
 
 
 class _Files(torch.utils.data.Dataset):
@@ -189,7 +196,8 @@ def _cifar10(split: str, download: Path) -> Images:
             f"CIFAR-10 is not in {download / 'cifar-10-batches-py'}, and the download failed ({error}).\n"
             f"Put cifar-10-python.tar.gz of https://www.cs.toronto.edu/~kriz/cifar.html into {download}."
         ) from None
-    return Images(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets), data.classes)
+    pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.tensor(data.targets), data.classes)
 
 
 def _idx_folder(folder: Path, split: str) -> Images:
@@ -208,7 +216,7 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
         raise UserError(f"{folder} has neither {name} nor {name}.gz")
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, gzip.zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged or cut short ({error}): delete it and fetch it again") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08":
         raise UserError(f"{path} is not an idx file of unsigned bytes")
@@ -224,20 +232,20 @@ def _read_idx(folder: Path, name: str) -> np.ndarray:
 
 
 def _image_folder(folder: Path, split: str) -> Images:
-    train = folder / "train"
-    test = next((folder / name for name in ("test", "val", "validation") if (folder / name).is_dir()), None)
-    if train.is_dir():
-        if split == "test" and test is None:
+    is_split = (folder / "train").is_dir()
+    root = folder
+    if is_split:
+        names = ("train",) if split == "train" else ("test", "val")
+        found = [folder / name for name in names if (folder / name).is_dir()]
+        if not found:
             raise UserError(f"{folder} has a train/ but neither test/ nor val/")
-        root = train if split == "train" else test
-    else:
-        root = folder
+        root = found[0]
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise UserError(f"{root}: found no images ({', '.join(sorted(IMAGE_SUFFIXES))}) and no idx files in it")
-    classes = sorted(p.name for p in (train if train.is_dir() else root).iterdir() if p.is_dir())
-    if not train.is_dir() and classes:
+    classes = sorted(p.name for p in (folder / "train" if is_split else folder).iterdir() if p.is_dir())
+    if classes and not is_split:
         paths = [p for number, p in enumerate(paths) if (number % 5 == 0) == (split == "test")]
-    names = [p.relative_to(root).parts[0] if p.parent != root else None for p in paths]
-    number = {name: index for index, name in enumerate(classes)}
-    return Images(paths, torch.tensor([number.get(name, -1) for name in names]), classes)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = [numbers.get(p.relative_to(root).parts[0], -1) for p in paths]  # a file outside of folders gets -1
+    return Images(paths, torch.tensor(labels), classes)

@@ -12,15 +12,15 @@ from tqdm import tqdm
 class RunLog:
     """Write the scalars of a run to ``RUN/metrics.jsonl`` and TensorBoard, and show progress.
 
-    One line of ``metrics.jsonl`` is one logged step: ``{"step": 120, "epoch": 2, "loss": 4.2, …}``. ``position()`` belongs
-    into each checkpoint; handing it back as ``resume_at`` cuts off what was logged after that checkpoint, so that a
-    resumed run has every step once. Without a terminal, a plain line every ten seconds replaces the bar.
+    One line of ``metrics.jsonl`` is one logged step: ``{"step": 120, "epoch": 2, "loss": 4.2, …}``. ``position()``
+    belongs into each checkpoint; handing it back as ``resume_at`` cuts off what was logged after that checkpoint, so
+    that a resumed run has every step once. Without a terminal, a line every ten seconds replaces the bar.
     """
 
     def __init__(self, run: Path, total_steps: int, first_step: int = 0, resume_at: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = open(run / "metrics.jsonl", "ab")
+        self.file = (run / "metrics.jsonl").open("ab")
         self.file.truncate(resume_at)
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
         self.total_steps, self.first_step = total_steps, first_step
