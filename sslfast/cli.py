@@ -18,8 +18,8 @@ Self-supervised learning on fast kernels.
 commands:
 {commands}
 
-Try: sslfast simclr --data digits --epochs 20        (a minute; needs no data)
-     sslfast COMMAND --help                          (all options of a command)
+Try: sslfast simclr --data digits --batch-size 128 --epochs 20   (half a minute; needs no data)
+     sslfast COMMAND --help                                       (all options of a command)
 """
 
 

@@ -70,6 +70,11 @@ def test_mistakes_are_told_in_a_sentence(args, message, capsys):
     assert said.startswith(f"sslfast {args[0]}: ")
 
 
+def test_info(capsys):
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+
+
 def test_as_a_process():
     result = sslfast("simclr", "--data", "/nowhere")
     assert result.returncode == 1

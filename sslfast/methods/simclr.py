@@ -45,7 +45,7 @@ class SimCLR:
     """Continue the run in this folder with its own settings. Of these, --epochs, --workers, --corrupt, --log-every,
     --checkpoint-seconds and --evaluate may be changed."""
 
-    epochs: int = 10
+    epochs: int = 5
     """How often each image is seen."""
     batch_size: int = 512
     """Images a step; each gives two views."""
