@@ -1,0 +1,312 @@
+// The tensor side of the fused augmentation: drawing of its parameters, checks, and allocation.
+#include "csrc/ops/augment.h"
+
+#include <ATen/Functions.h>
+#include <ATen/Parallel.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "csrc/common/check.h"
+#include "csrc/common/philox.h"
+
+namespace sslfast {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------- drawing
+
+enum AugmentNumber {
+  kScaleMin, kScaleMax, kRatioMin, kRatioMax, kFlipP, kJitterP, kBrightnessMin, kBrightnessMax, kContrastMin,
+  kContrastMax, kSaturationMin, kSaturationMax, kHueMin, kHueMax, kGrayscaleP, kBlurP, kSigmaMin, kSigmaMax, kSolarizeP,
+  kSolarizeThreshold, kAugmentNumbers
+};
+
+// A sample's random blocks; 0 … 9 are the tries of the crop. Every quantity has its own words, so that switching one
+// step off changes no other.
+enum AugmentBlock : uint32_t { kCropTries = 10, kChoices = 16, kFactors = 17, kRest = 18 };
+
+double between(double low, double high, uint32_t bits) { return low + (high - low) * uniform_double(bits); }
+
+struct Crop {
+  int32_t top, left, height, width;
+};
+
+// torchvision's RandomResizedCrop.get_params.
+template <typename Draw>
+Crop draw_crop(const std::vector<double>& n, int64_t height, int64_t width, const Draw& draw) {
+  const double area = static_cast<double>(height) * width;
+  const double log_ratio_min = std::log(n[kRatioMin]), log_ratio_max = std::log(n[kRatioMax]);
+  for (uint32_t attempt = 0; attempt < kCropTries; ++attempt) {
+    const Philox4 bits = draw(attempt);
+    const double target = area * between(n[kScaleMin], n[kScaleMax], bits.word[0]);
+    const double ratio = std::exp(between(log_ratio_min, log_ratio_max, bits.word[1]));
+    const double w = std::nearbyint(std::sqrt(target * ratio)), h = std::nearbyint(std::sqrt(target / ratio));
+    if (w >= 1 && w <= width && h >= 1 && h <= height) {
+      return {static_cast<int32_t>(uniform_below(bits.word[2], static_cast<uint32_t>(height - h) + 1)),
+              static_cast<int32_t>(uniform_below(bits.word[3], static_cast<uint32_t>(width - w) + 1)),
+              static_cast<int32_t>(h), static_cast<int32_t>(w)};
+    }
+  }
+  double w = width, h = height;  // the largest central crop whose ratio is allowed
+  if (w / h < n[kRatioMin]) {
+    h = std::max(1.0, std::nearbyint(w / n[kRatioMin]));
+  } else if (w / h > n[kRatioMax]) {
+    w = std::max(1.0, std::nearbyint(h * n[kRatioMax]));
+  }
+  return {static_cast<int32_t>((height - h) / 2), static_cast<int32_t>((width - w) / 2), static_cast<int32_t>(h),
+          static_cast<int32_t>(w)};
+}
+
+// The steps in the view's order, with the four of the jitter (which stand together) permuted: `rank` picks one of 4!.
+void draw_order(const std::vector<int64_t>& order, uint32_t rank, int8_t* out) {
+  std::array<int8_t, 4> jitter{kBrightness, kContrast, kSaturation, kHue};
+  const auto first = std::find(order.begin(), order.end(), kBrightness) - order.begin();
+  for (size_t i = 0; i < order.size(); ++i) out[i] = static_cast<int8_t>(order[i]);
+  for (uint32_t left = 4; left > 0; --left) {
+    const uint32_t pick = rank % left;
+    rank /= left;
+    out[first + 4 - left] = jitter[pick];
+    std::copy(jitter.begin() + pick + 1, jitter.end(), jitter.begin() + pick);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- checks
+
+struct DrawSpec {
+  const char* name;
+  at::ScalarType dtype;
+  int64_t last;  // length of a third dimension, or 0
+};
+constexpr std::array<DrawSpec, 10> kDraws{{{"crop", at::kInt, 4},
+                                           {"flip", at::kBool, 0},
+                                           {"order", at::kChar, kAugmentSteps},
+                                           {"brightness", at::kFloat, 0},
+                                           {"contrast", at::kFloat, 0},
+                                           {"saturation", at::kFloat, 0},
+                                           {"hue", at::kFloat, 0},
+                                           {"grayscale", at::kBool, 0},
+                                           {"sigma", at::kFloat, 0},
+                                           {"solarize", at::kFloat, 0}}};
+
+void check_draws(const std::vector<at::Tensor>& draws, int64_t views, int64_t samples) {
+  for (size_t i = 0; i < kDraws.size(); ++i) {
+    const DrawSpec& spec = kDraws[i];
+    std::vector<int64_t> shape{views, samples};
+    if (spec.last) shape.push_back(spec.last);
+    TORCH_CHECK_VALUE(draws[i].sizes() == at::IntArrayRef(shape), "params.", spec.name, ": expected shape ",
+                      at::IntArrayRef(shape), " (views, images, …), got ", draws[i].sizes());
+    TORCH_CHECK_TYPE(draws[i].scalar_type() == spec.dtype, "params.", spec.name, ": expected ", spec.dtype, ", got ",
+                     draws[i].scalar_type());
+    TORCH_CHECK_VALUE(draws[i].device().is_cpu(), "params.", spec.name, ": expected a CPU tensor, got ",
+                      draws[i].device());
+  }
+}
+
+struct ImageSize {
+  int64_t height, width;
+};
+
+// Everything that a kernel relies on, because parameters may have been edited.
+void check_values(const AugmentForwardParams& p, const std::vector<ImageSize>& sizes) {
+  const auto where = [&](int64_t task) { return c10::str(" (view ", task / p.samples, ", image ", task % p.samples, ")"); };
+  for (int64_t task = 0; task < p.views * p.samples; ++task) {
+    const int32_t* c = p.crop + task * 4;
+    const ImageSize size = sizes[task % p.samples];
+    TORCH_CHECK_VALUE(c[0] >= 0 && c[1] >= 0 && c[2] >= 1 && c[3] >= 1 && int64_t{c[0]} + c[2] <= size.height &&
+                          int64_t{c[1]} + c[3] <= size.width,
+                      "params.crop: expected (top, left, height, width) inside the ", size.height, "×", size.width,
+                      " image, got (", c[0], ", ", c[1], ", ", c[2], ", ", c[3], ")", where(task));
+    uint32_t seen = 0;
+    for (int i = 0; i < kAugmentSteps; ++i) {
+      const int8_t step = p.order[task * kAugmentSteps + i];
+      seen |= step >= 0 && step < kAugmentSteps ? 1u << step : 0u;
+    }
+    TORCH_CHECK_VALUE(seen == (1u << kAugmentSteps) - 1, "params.order: expected a permutation of 0 … ",
+                      kAugmentSteps - 1, where(task));
+    const auto check_range = [&](const float* values, const char* name, float low, float high, const char* expected) {
+      TORCH_CHECK_VALUE(values[task] >= low && values[task] <= high, "params.", name, ": expected ", expected, ", got ",
+                        values[task], where(task));
+    };
+    constexpr float kLargest = std::numeric_limits<float>::max();
+    check_range(p.brightness, "brightness", 0.0f, kLargest, "a factor ≥ 0");
+    check_range(p.contrast, "contrast", 0.0f, kLargest, "a factor ≥ 0");
+    check_range(p.saturation, "saturation", 0.0f, kLargest, "a factor ≥ 0");
+    check_range(p.hue, "hue", -0.5f, 0.5f, "a shift from -0.5 to 0.5");
+    check_range(p.sigma, "sigma", 0.0f, kLargest, "0 (no blur) or a positive number");
+    TORCH_CHECK_VALUE(!std::isnan(p.solarize[task]), "params.solarize: expected a threshold, got nan", where(task));
+    TORCH_CHECK_VALUE(p.sigma[task] == 0.0f || (p.blur_radius < p.height && p.blur_radius < p.width),
+                      "kernel_size: the blur reflects at the border, so expected kernel_size // 2 below the output size ",
+                      p.height, "×", p.width, ", got ", 2 * p.blur_radius + 1);
+  }
+}
+
+void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64_t channel_dim) {
+  for (size_t i = 0; i < images.size(); ++i) {
+    const at::Tensor& image = images[i];
+    const std::string name = images.size() == 1 && image.dim() == 4 ? "images" : c10::str("images[", i, "]");
+    TORCH_CHECK_VALUE(image.device().is_cpu(), name, ": expected a CPU tensor, got ", image.device());
+    TORCH_CHECK_VALUE(image.scalar_type() == images[0].scalar_type(), name, ": expected the dtype of the other images, ",
+                      images[0].scalar_type(), ", got ", image.scalar_type());
+    TORCH_CHECK_TYPE(image.scalar_type() == at::kByte || image.scalar_type() == at::kFloat, name,
+                     ": expected uint8 (0 … 255) or float32 (0 … 1), got ", image.scalar_type());
+    TORCH_CHECK_VALUE(channels == 1 || channels == 3, name, ": expected 1 or 3 channels, got shape ", image.sizes());
+    TORCH_CHECK_VALUE(image.size(channel_dim) == channels, name, ": expected ", channels,
+                      " channels like the first image, got shape ", image.sizes());
+    TORCH_CHECK_VALUE(image.numel() > 0 || image.size(0) == 0, name, ": expected at least one pixel, got shape ",
+                      image.sizes());
+    if (image.scalar_type() == at::kFloat && image.numel() > 0) {
+      const auto [low, high] = at::aminmax(image);
+      const float smallest = low.item<float>(), largest = high.item<float>();
+      TORCH_CHECK_VALUE(!(smallest < 0.0f || largest > 1.0f), name, ": expected float values in [0, 1], got ", smallest,
+                        " … ", largest);
+    }
+  }
+}
+
+// A new block of memory costs a page fault every 4 KiB when it is first written, which takes longer than the augmentation
+// itself. Pages of 2 MiB, where the system grants them, cost a fraction of that.
+void prefer_huge_pages([[maybe_unused]] const at::Tensor& output) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20;
+  const auto start = (reinterpret_cast<uintptr_t>(output.data_ptr()) + kPage - 1) / kPage * kPage;
+  const auto end = (reinterpret_cast<uintptr_t>(output.data_ptr()) + output.nbytes()) / kPage * kPage;
+  if (start < end) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+AugmentDraws augment_draw(const at::Tensor& image_sizes, const at::Tensor& sample_ids,
+                          const std::vector<AugmentDistribution>& views, uint64_t seed, int64_t epoch) {
+  const int64_t samples = sample_ids.size(0), view_count = static_cast<int64_t>(views.size());
+  std::vector<at::Tensor> draws;
+  for (const DrawSpec& spec : kDraws) {
+    std::vector<int64_t> shape{view_count, samples};
+    if (spec.last) shape.push_back(spec.last);
+    draws.push_back(at::empty(shape, at::TensorOptions().dtype(spec.dtype)));
+  }
+  const int64_t* sizes = image_sizes.const_data_ptr<int64_t>();
+  const int64_t* ids = sample_ids.const_data_ptr<int64_t>();
+  auto* crop = reinterpret_cast<Crop*>(draws[0].mutable_data_ptr<int32_t>());
+  bool* flip = draws[1].mutable_data_ptr<bool>();
+  int8_t* order = draws[2].mutable_data_ptr<int8_t>();
+  float* brightness = draws[3].mutable_data_ptr<float>();
+  float* contrast = draws[4].mutable_data_ptr<float>();
+  float* saturation = draws[5].mutable_data_ptr<float>();
+  float* hue = draws[6].mutable_data_ptr<float>();
+  bool* grayscale = draws[7].mutable_data_ptr<bool>();
+  float* sigma = draws[8].mutable_data_ptr<float>();
+  float* solarize = draws[9].mutable_data_ptr<float>();
+
+  at::parallel_for(0, view_count * samples, 256, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t view = task / samples, sample = task % samples;
+      const std::vector<double>& n = views[view].first;
+      const auto draw = [&](uint32_t block) {
+        return philox_draw(seed, static_cast<uint64_t>(ids[sample]), static_cast<uint32_t>(epoch), kPhiloxAugment,
+                           (static_cast<uint32_t>(view) << 8) | block);
+      };
+      const Philox4 choices = draw(kChoices), factors = draw(kFactors), rest = draw(kRest);
+      const auto happens = [](double p, uint32_t bits) { return uniform_double(bits) < p; };
+      const auto factor = [&](int low, uint32_t bits) { return static_cast<float>(between(n[low], n[low + 1], bits)); };
+      const bool jitter = happens(n[kJitterP], choices.word[1]);
+      crop[task] = draw_crop(n, sizes[2 * sample], sizes[2 * sample + 1], draw);
+      flip[task] = happens(n[kFlipP], choices.word[0]);
+      draw_order(views[view].second, uniform_below(rest.word[1], 24), order + task * kAugmentSteps);
+      brightness[task] = jitter ? factor(kBrightnessMin, factors.word[0]) : 1.0f;
+      contrast[task] = jitter ? factor(kContrastMin, factors.word[1]) : 1.0f;
+      saturation[task] = jitter ? factor(kSaturationMin, factors.word[2]) : 1.0f;
+      hue[task] = jitter ? factor(kHueMin, factors.word[3]) : 0.0f;
+      grayscale[task] = happens(n[kGrayscaleP], choices.word[2]);
+      sigma[task] = happens(n[kBlurP], choices.word[3]) ? factor(kSigmaMin, rest.word[2]) : 0.0f;
+      solarize[task] = happens(n[kSolarizeP], rest.word[0]) ? static_cast<float>(n[kSolarizeThreshold])
+                                                            : std::numeric_limits<float>::infinity();
+    }
+  });
+  return {draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], draws[6], draws[7], draws[8], draws[9]};
+}
+
+at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vector<at::Tensor>& draws,
+                           bool channels_first, int64_t height, int64_t width, const std::string& interpolation,
+                           bool antialias, int64_t kernel_size, const std::vector<double>& mean,
+                           const std::vector<double>& std, c10::ScalarType dtype, bool channels_last) {
+  // Images: one pointer and three strides each. The kernel takes rows of any stride; anything else is made contiguous.
+  const bool batch = images.size() == 1 && images[0].dim() == 4;
+  const int64_t samples = batch ? images[0].size(0) : static_cast<int64_t>(images.size());
+  const int64_t c = (batch ? 1 : 0) + (channels_first ? 0 : 2);
+  const int64_t h = (batch ? 1 : 0) + (channels_first ? 1 : 0), w = h + 1;
+  const int64_t channels = images.empty() ? 1 : images[0].size(c);
+  check_images(images, channels, c);
+  std::vector<at::Tensor> kept;
+  std::vector<AugmentImage> sources;
+  std::vector<ImageSize> sizes;
+  sources.reserve(samples), sizes.reserve(samples);
+  for (at::Tensor image : images) {
+    const bool planar = image.stride(w) == 1, interleaved = image.stride(c) == 1 && image.stride(w) == channels;
+    if (!planar && !interleaved) image = kept.emplace_back(image.contiguous());
+    const int64_t copies = batch ? samples : 1, step = batch ? image.stride(0) * image.element_size() : 0;
+    for (int64_t i = 0; i < copies; ++i) {
+      sources.push_back({static_cast<const char*>(image.const_data_ptr()) + i * step, image.stride(h), image.stride(w),
+                         image.stride(c)});
+      sizes.push_back({image.size(h), image.size(w)});
+    }
+  }
+
+  check_draws(draws, draws[0].size(0), samples);
+  std::vector<at::Tensor> drawn;
+  for (const at::Tensor& draw : draws) drawn.push_back(draw.contiguous());
+
+  AugmentForwardParams p{};
+  p.images = sources.data();
+  p.input_dtype = images.empty() ? at::kByte : images[0].scalar_type();
+  p.channels = static_cast<int>(channels);
+  p.views = draws[0].size(0);
+  p.samples = samples;
+  p.crop = drawn[0].const_data_ptr<int32_t>();
+  p.flip = drawn[1].const_data_ptr<bool>();
+  p.order = drawn[2].const_data_ptr<int8_t>();
+  p.brightness = drawn[3].const_data_ptr<float>();
+  p.contrast = drawn[4].const_data_ptr<float>();
+  p.saturation = drawn[5].const_data_ptr<float>();
+  p.hue = drawn[6].const_data_ptr<float>();
+  p.grayscale = drawn[7].const_data_ptr<bool>();
+  p.sigma = drawn[8].const_data_ptr<float>();
+  p.solarize = drawn[9].const_data_ptr<float>();
+  p.height = static_cast<int>(height);
+  p.width = static_cast<int>(width);
+  p.interpolation = interpolation == "bicubic" ? kBicubic : kBilinear;
+  p.antialias = antialias;
+  p.blur_radius = static_cast<int>(kernel_size / 2);
+  for (int64_t i = 0; i < channels; ++i) {
+    p.mean[i] = static_cast<float>(mean[i]);
+    p.inverse_std[i] = static_cast<float>(1.0 / std[i]);
+  }
+  p.output_dtype = dtype;
+  p.channels_last = channels_last;
+  check_values(p, sizes);
+
+  for (int64_t task = 0; task < p.views * samples; ++task) {
+    p.max_crop_height = std::max(p.max_crop_height, p.crop[task * 4 + 2]);
+    p.max_crop_width = std::max(p.max_crop_width, p.crop[task * 4 + 3]);
+  }
+  const auto options = at::TensorOptions().dtype(dtype);
+  at::Tensor output = channels_last
+                          ? at::empty({p.views, samples, height, width, channels}, options).permute({0, 1, 4, 2, 3})
+                          : at::empty({p.views, samples, channels, height, width}, options);
+  if (output.numel() == 0) return output;
+  prefer_huge_pages(output);
+  p.output = output.mutable_data_ptr();
+  p.scratch_bytes = augment_scratch(p, nullptr).bytes;
+  const at::Tensor scratch = at::empty({p.scratch_bytes * at::get_num_threads()}, at::TensorOptions().dtype(at::kByte));
+  p.scratch = reinterpret_cast<std::byte*>(scratch.mutable_data_ptr<uint8_t>());
+  SSLFAST_CPU_DISPATCH(launch_augment_forward_cpu, p);
+  return output;
+}
+
+}  // namespace sslfast

@@ -1,0 +1,369 @@
+"""Fused augmentation of a batch of images, with parameters that are drawn first and are data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast import _C
+from sslfast.reference.augment import augment as augment_reference
+
+STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
+"""What `AugmentParams.order` counts: 0 is brightness, …, 6 is solarize."""
+
+_JITTER = STEPS[:4]
+_STAGES = {"jitter": _JITTER, "grayscale": ("grayscale",), "blur": ("blur",), "solarize": ("solarize",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentDistribution:
+    """What the parameters of one view are drawn from, in torchvision's terms.
+
+    Attributes:
+        scale: (min, max) area of the crop as a fraction of the image's.
+        ratio: (min, max) width / height of the crop, log-uniform.
+        flip_p: probability of a horizontal flip.
+        brightness, contrast, saturation: a number x for a factor in [max(0, 1 - x), 1 + x], or (min, max); 0 is off.
+        hue: a number x ≤ 0.5 for a shift in [-x, x] of a full turn, or (min, max).
+        jitter_p: probability of the four of them together.
+        grayscale_p, blur_p, solarize_p: probabilities of these steps.
+        sigma: a number or (min, max): standard deviation of the blur in output pixels.
+        solarize_threshold: values from here on are inverted; images are in [0, 1].
+        order: the order of the stages jitter, grayscale, blur and solarize; within the jitter it is drawn.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip_p: float = 0.5
+    brightness: float | tuple[float, float] = 0.0
+    contrast: float | tuple[float, float] = 0.0
+    saturation: float | tuple[float, float] = 0.0
+    hue: float | tuple[float, float] = 0.0
+    jitter_p: float = 1.0
+    grayscale_p: float = 0.0
+    sigma: float | tuple[float, float] = (0.1, 2.0)
+    blur_p: float = 0.0
+    solarize_threshold: float = 0.5
+    solarize_p: float = 0.0
+    order: tuple[str, ...] = ("jitter", "grayscale", "blur", "solarize")
+
+    def __post_init__(self):
+        _check_range("scale", self.scale, above=0.0, at_most=1.0)
+        _check_range("ratio", self.ratio, above=0.0)
+        for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}: expected a probability from 0 to 1, got {getattr(self, name)}")
+        for name in ("brightness", "contrast", "saturation"):
+            _check_range(name, _factors(name, getattr(self, name)), at_least=0.0)
+        _check_range("hue", _factors("hue", self.hue), at_least=-0.5, at_most=0.5)
+        _check_range("sigma", _pair(self.sigma), above=0.0)
+        if math.isnan(self.solarize_threshold):
+            raise ValueError("solarize_threshold: expected a number, got nan")
+        if sorted(self.order) != sorted(_STAGES):
+            raise ValueError(f"order: expected an order of {tuple(_STAGES)}, got {self.order!r}")
+
+    def _packed(self) -> tuple[list[float], list[int]]:
+        """The numbers and the order as csrc/ops/augment.cpp reads them."""
+        ranges = [*self.scale, *self.ratio, self.flip_p, self.jitter_p]
+        for name in _JITTER:
+            ranges += _factors(name, getattr(self, name))
+        ranges += [self.grayscale_p, self.blur_p, *_pair(self.sigma), self.solarize_p, self.solarize_threshold]
+        return [float(x) for x in ranges], [STEPS.index(step) for stage in self.order for step in _STAGES[stage]]
+
+
+class AugmentParams(NamedTuple):
+    """What happens to each image, as CPU tensors (views, images, …): print, save (torch.save, `_asdict`), edit, replay.
+
+    Attributes:
+        crop: (…, 4) int32: top, left, height, width in source pixels.
+        flip: bool, left to right.
+        order: (…, 7) int8, a permutation of the indices of `STEPS`: the order in which the steps are applied.
+        brightness, contrast, saturation: float32 factors; 1 leaves the image as it is.
+        hue: float32 fraction of a turn from -0.5 to 0.5; 0 leaves the image as it is.
+        grayscale: bool.
+        sigma: float32 standard deviation of the blur in output pixels; 0 is no blur.
+        solarize: float32 threshold from which on values are inverted; inf is never.
+    """
+
+    crop: Tensor
+    flip: Tensor
+    order: Tensor
+    brightness: Tensor
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor
+    grayscale: Tensor
+    sigma: Tensor
+    solarize: Tensor
+
+
+def draw_params(
+    distributions: AugmentDistribution | Sequence[AugmentDistribution],
+    image_sizes: Tensor | Sequence[tuple[int, int]],
+    *,
+    seed: int,
+    epoch: int = 0,
+    sample_ids: Tensor | Sequence[int] | None = None,
+) -> AugmentParams:
+    """Draws the parameters of each view (one distribution each) of each image.
+
+    What is drawn is a function of (seed, epoch, sample id, view) alone: Philox 4x32-10 in `csrc/common/philox.h`. The
+    crop follows `torchvision.transforms.v2.RandomResizedCrop`, the factors and their order `ColorJitter`.
+
+    Args:
+        distributions: one a view.
+        image_sizes: (images, 2): height and width in pixels.
+        seed: any integer of 64 bits.
+        epoch: 0 … 2³² - 1.
+        sample_ids: one a image; the position in the batch by default.
+
+    Raises:
+        ValueError, TypeError: if a number is out of its range or the lengths differ.
+    """
+    views = [distributions] if isinstance(distributions, AugmentDistribution) else list(distributions)
+    sizes = torch.as_tensor(image_sizes, dtype=torch.int64, device="cpu").reshape(-1, 2).contiguous()
+    if (sizes < 1).any():
+        raise ValueError(f"image_sizes: expected heights and widths of at least 1, got {sizes.min()}")
+    for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32)):
+        if not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if not -(2 ** (bound - 1)) <= value < 2**bound or (name == "epoch" and value < 0):
+            raise ValueError(f"{name}: expected {bound} bits, got {value}")
+    return AugmentParams(
+        *_C.augment_draw(sizes, _ids(sample_ids, len(sizes)), [v._packed() for v in views], seed % 2**64, epoch)
+    )
+
+
+def augment(
+    images: Tensor | Sequence[Tensor],
+    params: AugmentParams,
+    size: int | tuple[int, int],
+    *,
+    interpolation: str = "bilinear",
+    antialias: bool = True,
+    kernel_size: int = 3,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    layout: str | None = None,
+) -> Tensor:
+    """Applies drawn parameters to a batch: crop, resize, flip, then the steps in the order that `params` says, then
+    (x - mean) / std. Each step equals torchvision's functional op on a float image.
+
+    Args:
+        images: uint8 (0 … 255) or float32 (0 … 1): (images, channels, height, width), (images, height, width, channels),
+            or a list of (channels, height, width) or (height, width, channels) of different sizes; 1 or 3 channels.
+        params: from `draw_params`, (views, images, …).
+        size: height and width of the output, or one number for both.
+        interpolation: "bilinear" or "bicubic" (which may leave [0, 1], as torchvision's does on float images).
+        antialias: whether shrinking averages over the source pixels that an output pixel covers.
+        kernel_size: taps of the Gaussian blur, odd.
+        mean, std: one number a channel; no normalisation by default.
+        dtype: float32, bfloat16 or float16. Arithmetic is float32.
+        memory_format: of each view, contiguous or channels_last.
+        layout: "CHW" or "HWC"; found from the shapes by default, an error if both fit.
+
+    Returns:
+        (views, images, channels, height, width).
+
+    Raises:
+        ValueError, TypeError: naming the argument, before anything is computed.
+    """
+    height, width = _size(size)
+    tensors, channels_first, channels = _images(images, layout)
+    if interpolation not in ("bilinear", "bicubic"):
+        raise ValueError(f'interpolation: expected "bilinear" or "bicubic", got {interpolation!r}')
+    check_kernel_size(kernel_size)
+    mean, std = _mean_std(mean, std, channels)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
+        raise ValueError(f"memory_format: expected contiguous_format or channels_last, got {memory_format}")
+    return torch.ops.sslfast.augment_forward(
+        tensors,
+        list(params),
+        channels_first,
+        height,
+        width,
+        interpolation,
+        antialias,
+        kernel_size,
+        mean,
+        std,
+        dtype,
+        memory_format == torch.channels_last,
+    )
+
+
+def image_sizes(images: Tensor | Sequence[Tensor], layout: str | None = None) -> Tensor:
+    """(images, 2) int64: height and width of each image of a batch or a list, as `augment` reads it."""
+    tensors, channels_first, _ = _images(images, layout)
+    at = slice(-2, None) if channels_first else slice(-3, -1)
+    if len(tensors) == 1 and tensors[0].dim() == 4:
+        return torch.tensor(tensors[0].shape[at]).expand(len(tensors[0]), 2)
+    return torch.tensor([image.shape[at] for image in tensors]).reshape(-1, 2)
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 255:
+        raise ValueError(f"kernel_size: expected an odd number from 1 to 255, got {kernel_size!r}")
+
+
+# ------------------------------------------------------------------------------------------------------ registration
+
+
+@torch.library.custom_op("sslfast::augment_forward", mutates_args=())
+def augment_forward(
+    images: list[Tensor],
+    params: list[Tensor],
+    channels_first: bool,
+    height: int,
+    width: int,
+    interpolation: str,
+    antialias: bool,
+    kernel_size: int,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> Tensor:
+    """The kernel itself on CPU images, and the reference on any other device."""
+    if images and images[0].device.type != "cpu":
+        return _on_other_devices(
+            images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
+            channels_last,
+        )  # fmt: skip
+    return _C.augment_forward(
+        images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
+        channels_last,
+    )  # fmt: skip
+
+
+@augment_forward.register_fake
+def _(
+    images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
+    channels_last,
+):  # fmt: skip
+    samples = images[0].shape[0] if len(images) == 1 and images[0].dim() == 4 else len(images)
+    channels = images[0].shape[-3 if channels_first else -1]
+    views, device = params[0].shape[0], images[0].device
+    if channels_last:
+        shape = (views, samples, height, width, channels)
+        return torch.empty(shape, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
+    return torch.empty((views, samples, channels, height, width), dtype=dtype, device=device)
+
+
+def _on_other_devices(
+    images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
+    channels_last,
+):  # fmt: skip
+    batch = images[0].unbind() if len(images) == 1 and images[0].dim() == 4 else images
+    planar = [image if channels_first else image.movedim(-1, 0) for image in batch]
+    out = augment_reference(
+        planar, AugmentParams(*params), (height, width), interpolation, antialias, kernel_size, mean, std
+    ).to(dtype)
+    return out.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else out
+
+
+# ------------------------------------------------------------------------------------------------------ arguments
+
+
+def _pair(value) -> tuple[float, float]:
+    return tuple(value) if isinstance(value, Sequence) else (value, value)
+
+
+def _factors(name: str, value) -> tuple[float, float]:
+    """The range that torchvision's ColorJitter makes of one number."""
+    if isinstance(value, Sequence):
+        return tuple(value)
+    if value < 0:
+        raise ValueError(f"{name}: expected a number ≥ 0 or (min, max), got {value}")
+    return (-value, value) if name == "hue" else (max(0.0, 1.0 - value), 1.0 + value)
+
+
+def _check_range(name, values, *, above=-math.inf, at_least=-math.inf, at_most=math.inf):
+    if len(values) != 2:
+        raise ValueError(f"{name}: expected (min, max), got {values!r}")
+    low, high = values
+    if not (above < low <= high <= at_most and low >= at_least and math.isfinite(high)):
+        bounds = [f"> {above:g}"] * math.isfinite(above) + [f"≥ {at_least:g}"] * math.isfinite(at_least)
+        bounds += [f"≤ {at_most:g}"] * math.isfinite(at_most)
+        raise ValueError(f"{name}: expected min ≤ max, each {' and '.join(bounds)}, got {values!r}")
+
+
+def _size(size) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+        raise TypeError(f"size: expected an int or (height, width), got {size!r}")
+    if min(pair) < 1:
+        raise ValueError(f"size: expected at least 1 pixel, got {size!r}")
+    return pair
+
+
+def _ids(sample_ids, count: int) -> Tensor:
+    if sample_ids is None:
+        return torch.arange(count)
+    ids = torch.as_tensor(sample_ids, device="cpu")
+    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
+        raise TypeError(f"sample_ids: expected integers, got {ids.dtype}")
+    if ids.shape != (count,):
+        raise ValueError(f"sample_ids: expected one id for each of the {count} images, got shape {tuple(ids.shape)}")
+    return ids.to(torch.int64).contiguous()
+
+
+def _mean_std(mean, std, channels: int) -> tuple[list[float], list[float]]:
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std: expected both or neither")
+    mean = [0.0] * channels if mean is None else [float(x) for x in mean]
+    std = [1.0] * channels if std is None else [float(x) for x in std]
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels or not all(math.isfinite(x) for x in values):
+            raise ValueError(f"{name}: expected {channels} finite numbers, one a channel, got {values}")
+    if min(std) <= 0:
+        raise ValueError(f"std: expected positive numbers, got {std}")
+    return mean, std
+
+
+def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
+    """The images as a list (of one 4-D batch, or of 3-D images), whether channels come first, and their number."""
+    if layout not in (None, "CHW", "HWC"):
+        raise ValueError(f'layout: expected "CHW", "HWC" or None, got {layout!r}')
+    if isinstance(images, Tensor):
+        if images.dim() != 4:
+            raise ValueError(f"images: expected a 4-D batch or a list of 3-D images, got shape {tuple(images.shape)}")
+        tensors = [images]
+    else:
+        tensors = list(images)
+        for i, image in enumerate(tensors):
+            if not isinstance(image, Tensor):
+                raise TypeError(f"images[{i}]: expected a tensor, got {type(image).__name__}")
+            if image.dim() != 3:
+                raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
+        if not tensors:
+            raise ValueError("images: expected at least one image, got an empty list")
+    shape = tensors[0].shape[-3:]
+    first = {image.shape[-3] for image in tensors} == {shape[0]} and shape[0] in (1, 3)
+    last = {image.shape[-1] for image in tensors} == {shape[2]} and shape[2] in (1, 3)
+    if layout is None and first and last:
+        raise ValueError(f'images: shape {tuple(shape)} can be read as CHW and as HWC; say layout="CHW" or layout="HWC"')
+    channels_first = layout == "CHW" if layout else first or not last
+    if not (first if channels_first else last):
+        _explain_channels(tensors, layout)
+    return tensors, channels_first, shape[0] if channels_first else shape[2]
+
+
+def _explain_channels(tensors: list[Tensor], layout: str | None):
+    where = {"CHW": (0,), "HWC": (2,), None: (0, 2)}[layout]
+    for i, image in enumerate(tensors):
+        shape = tuple(image.shape[-3:])
+        name = "images" if image.dim() == 4 else f"images[{i}]"
+        if not any(shape[at] in (1, 3) for at in where):
+            raise ValueError(f"{name}: expected 1 or 3 channels first or last, got shape {shape}")
+    shapes = sorted({tuple(image.shape[-3:]) for image in tensors})
+    raise ValueError(f"images: expected the same number of channels in the same place in all images, got {shapes[:4]}")
