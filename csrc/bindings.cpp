@@ -3,6 +3,7 @@
 #include <torch/extension.h>
 
 #include "csrc/common/cpu_dispatch.h"
+#include "csrc/ops/augment.h"
 #include "csrc/ops/info_nce.h"
 
 namespace {
@@ -29,6 +30,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability",             &cpu_capability_name);
   m.def("set_cpu_capability",         &set_cpu_capability);
   m.def("available_cpu_capabilities", &available_cpu_capabilities);
+  m.def("augment_draw",               &augment_draw);
+  m.def("augment_forward",            &augment_forward);
+  m.def("philox4x32",                 &philox4x32_words);
   m.def("info_nce_forward",           &info_nce_forward);
   m.def("info_nce_backward",          &info_nce_backward);
   // clang-format on

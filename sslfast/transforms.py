@@ -3,8 +3,8 @@
     transform = SimCLRTransform(size=224, seed=0)
     views = transform(images, sample_ids)      # list of two (N, 3, 224, 224) float32 tensors
 
-`images` is a uint8 batch, (N, H, W, C) or (N, C, H, W), or a list of images of different sizes. Call it on the batch in the
-main process, which is the fast way, or hand it to a DataLoader as `collate_fn`.
+`images` is a uint8 batch, (N, H, W, C) or (N, C, H, W), or a list of images of different sizes. Call it on the batch in
+the main process, which is the fast way, or hand it to a DataLoader as `collate_fn`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sslfast.ops.augment import (
     AugmentParams,
     augment,
     check_kernel_size,
+    check_size,
     draw_params,
     image_sizes,
 )
@@ -46,8 +47,8 @@ class RandomAugment(nn.Module):
         mean, std: one number a channel; None is no normalisation, and images stay in [0, 1].
         views: how many views of each image a call returns.
         dtype, memory_format: of a view: float32, bfloat16 or float16; contiguous or channels_last.
-        seed: with it, a view is a function of (seed, epoch, sample id, view) alone. Without, every call draws its seed from
-            `generator` (torch's default generator by default, which DataLoader workers seed each their own way).
+        seed: with it, a view is a function of (seed, epoch, sample id, view) alone. Without, every call draws its seed
+            from `generator` (by default torch's own, which each DataLoader worker seeds differently).
         generator: a torch.Generator on the CPU; not together with `seed`.
         layout: "CHW" or "HWC"; found from the shapes by default.
 
@@ -107,7 +108,7 @@ class RandomAugment(nn.Module):
             order=tuple(order),
         )
         self.distributions = (distribution,) * views
-        self.size = tuple(size) if isinstance(size, Sequence) else (size, size)
+        self.size = check_size(size)
         self.kernel_size = max(3, int(min(self.size) * 0.1) | 1) if kernel_size is None else kernel_size
         check_kernel_size(self.kernel_size)
         if blur_p > 0 and self.kernel_size // 2 >= min(self.size):
@@ -131,7 +132,7 @@ class RandomAugment(nn.Module):
         self.epoch = epoch
 
     def draw(self, images, sample_ids=None, epoch: int | None = None) -> AugmentParams:
-        """The parameters of the next call, (views, images) each, to look at, to save, or to edit and hand to `apply`."""
+        """The parameters of a call, (views, images) each: to look at, save, or edit and hand to `apply_params`."""
         seed = self.seed
         if seed is None:
             seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
@@ -147,11 +148,11 @@ class RandomAugment(nn.Module):
         """One (N, C, height, width) tensor a view.
 
         Args:
-            images: (N, C, H, W) or (N, H, W, C), uint8 or float32 in [0, 1]; or a list of images of any sizes, as tensors or
-                NumPy arrays; or a list of (image, label, …) tuples, as a DataLoader hands it to its `collate_fn`: the labels
-                are collated and follow the views.
-            sample_ids: (N) integers; the position in the batch by default. With a seed and without ids, images at the same
-                position of two batches of an epoch get the same parameters.
+            images: (N, C, H, W) or (N, H, W, C), uint8 or float32 in [0, 1]; or a list of images of any sizes, as
+                tensors or NumPy arrays; or a list of (image, label, …) tuples, as a DataLoader hands it to its
+                `collate_fn`: the labels are collated and follow the views.
+            sample_ids: (N) integers; the position in the batch by default. With a seed and without ids, images at the
+                same position of two batches of an epoch get the same parameters.
             epoch: instead of the one that `set_epoch` set.
         """
         rest = []
@@ -181,11 +182,20 @@ class SimCLRTransform(RandomAugment):
         others: what `RandomAugment` takes; they replace the paper's values.
     """
 
-    def __init__(self, size: int | tuple[int, int] = 224, *, strength: float = 1.0, blur_p: float | None = None, **others):
+    def __init__(
+        self, size: int | tuple[int, int] = 224, *, strength: float = 1.0, blur_p: float | None = None, **others
+    ):
         if blur_p is None:
-            blur_p = 0.5 if max(size if isinstance(size, Sequence) else [size]) > 32 else 0.0
+            blur_p = 0.5 if max(check_size(size)) > 32 else 0.0
         jitter = {name: 0.8 * strength for name in ("brightness", "contrast", "saturation")}
-        defaults = {"scale": (0.08, 1.0), **jitter, "hue": 0.2 * strength, "jitter_p": 0.8, "grayscale_p": 0.2, "views": 2}
+        defaults = {
+            "scale": (0.08, 1.0),
+            **jitter,
+            "hue": 0.2 * strength,
+            "jitter_p": 0.8,
+            "grayscale_p": 0.2,
+            "views": 2,
+        }
         super().__init__(size, blur_p=blur_p, **(defaults | others))
 
 

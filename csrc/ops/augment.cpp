@@ -22,9 +22,27 @@ namespace {
 // ---------------------------------------------------------------------------------------------------- drawing
 
 enum AugmentNumber {
-  kScaleMin, kScaleMax, kRatioMin, kRatioMax, kFlipP, kJitterP, kBrightnessMin, kBrightnessMax, kContrastMin,
-  kContrastMax, kSaturationMin, kSaturationMax, kHueMin, kHueMax, kGrayscaleP, kBlurP, kSigmaMin, kSigmaMax, kSolarizeP,
-  kSolarizeThreshold, kAugmentNumbers
+  kScaleMin,
+  kScaleMax,
+  kRatioMin,
+  kRatioMax,
+  kFlipP,
+  kJitterP,
+  kBrightnessMin,
+  kBrightnessMax,
+  kContrastMin,
+  kContrastMax,
+  kSaturationMin,
+  kSaturationMax,
+  kHueMin,
+  kHueMax,
+  kGrayscaleP,
+  kBlurP,
+  kSigmaMin,
+  kSigmaMax,
+  kSolarizeP,
+  kSolarizeThreshold,
+  kAugmentNumbers
 };
 
 // A sample's random blocks; 0 … 9 are the tries of the crop. Every quantity has its own words, so that switching one
@@ -114,7 +132,9 @@ struct ImageSize {
 
 // Everything that a kernel relies on, because parameters may have been edited.
 void check_values(const AugmentForwardParams& p, const std::vector<ImageSize>& sizes) {
-  const auto where = [&](int64_t task) { return c10::str(" (view ", task / p.samples, ", image ", task % p.samples, ")"); };
+  const auto where = [&](int64_t task) {
+    return c10::str(" (view ", task / p.samples, ", image ", task % p.samples, ")");
+  };
   for (int64_t task = 0; task < p.views * p.samples; ++task) {
     const int32_t* c = p.crop + task * 4;
     const ImageSize size = sizes[task % p.samples];
@@ -140,9 +160,10 @@ void check_values(const AugmentForwardParams& p, const std::vector<ImageSize>& s
     check_range(p.hue, "hue", -0.5f, 0.5f, "a shift from -0.5 to 0.5");
     check_range(p.sigma, "sigma", 0.0f, kLargest, "0 (no blur) or a positive number");
     TORCH_CHECK_VALUE(!std::isnan(p.solarize[task]), "params.solarize: expected a threshold, got nan", where(task));
-    TORCH_CHECK_VALUE(p.sigma[task] == 0.0f || (p.blur_radius < p.height && p.blur_radius < p.width),
-                      "kernel_size: the blur reflects at the border, so expected kernel_size // 2 below the output size ",
-                      p.height, "×", p.width, ", got ", 2 * p.blur_radius + 1);
+    TORCH_CHECK_VALUE(
+        p.sigma[task] == 0.0f || (p.blur_radius < p.height && p.blur_radius < p.width),
+        "kernel_size: the blur reflects at the border, so expected kernel_size // 2 below the output size ", p.height,
+        "×", p.width, ", got ", 2 * p.blur_radius + 1);
   }
 }
 
@@ -151,8 +172,9 @@ void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64
     const at::Tensor& image = images[i];
     const std::string name = images.size() == 1 && image.dim() == 4 ? "images" : c10::str("images[", i, "]");
     TORCH_CHECK_VALUE(image.device().is_cpu(), name, ": expected a CPU tensor, got ", image.device());
-    TORCH_CHECK_VALUE(image.scalar_type() == images[0].scalar_type(), name, ": expected the dtype of the other images, ",
-                      images[0].scalar_type(), ", got ", image.scalar_type());
+    TORCH_CHECK_VALUE(image.scalar_type() == images[0].scalar_type(), name,
+                      ": expected the dtype of the other images, ", images[0].scalar_type(), ", got ",
+                      image.scalar_type());
     TORCH_CHECK_TYPE(image.scalar_type() == at::kByte || image.scalar_type() == at::kFloat, name,
                      ": expected uint8 (0 … 255) or float32 (0 … 1), got ", image.scalar_type());
     TORCH_CHECK_VALUE(channels == 1 || channels == 3, name, ": expected 1 or 3 channels, got shape ", image.sizes());
@@ -169,8 +191,8 @@ void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64
   }
 }
 
-// A new block of memory costs a page fault every 4 KiB when it is first written, which takes longer than the augmentation
-// itself. Pages of 2 MiB, where the system grants them, cost a fraction of that.
+// A new block of memory costs a page fault every 4 KiB when it is first written, which takes longer than the
+// augmentation itself. Pages of 2 MiB, where the system grants them, cost a fraction of that.
 void prefer_huge_pages([[maybe_unused]] const at::Tensor& output) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{2} << 20;
@@ -230,6 +252,12 @@ AugmentDraws augment_draw(const at::Tensor& image_sizes, const at::Tensor& sampl
     }
   });
   return {draws[0], draws[1], draws[2], draws[3], draws[4], draws[5], draws[6], draws[7], draws[8], draws[9]};
+}
+
+std::vector<uint32_t> philox4x32_words(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key) {
+  TORCH_CHECK_VALUE(counter.size() == 4 && key.size() == 2, "expected 4 words of counter and 2 of key");
+  const Philox4 out = philox4x32({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return {out.word, out.word + 4};
 }
 
 at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vector<at::Tensor>& draws,

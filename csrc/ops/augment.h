@@ -25,9 +25,9 @@ struct AugmentImage {
 };
 
 struct AugmentForwardParams {
-  const AugmentImage* images;  // (samples)
-  c10::ScalarType input_dtype; // Byte (0 … 255) or Float (0 … 1)
-  int channels;                // 1 or 3
+  const AugmentImage* images;   // (samples)
+  c10::ScalarType input_dtype;  // Byte (0 … 255) or Float (0 … 1)
+  int channels;                 // 1 or 3
 
   // Drawn parameters, (views, samples) each; the two together are the tasks: task = view · samples + sample.
   int64_t views, samples;
@@ -48,7 +48,7 @@ struct AugmentForwardParams {
   int blur_radius;  // kernel_size / 2
   float mean[3], inverse_std[3];
 
-  void* output;  // (views, samples, channels, height, width), planar or channels_last
+  void* output;                  // (views, samples, channels, height, width), planar or channels_last
   c10::ScalarType output_dtype;  // Float, BFloat16 or Half
   bool channels_last;
 
@@ -59,11 +59,11 @@ struct AugmentForwardParams {
 
 // The work areas of one thread, all of them small enough for the second-level cache at 224 pixels.
 struct AugmentScratch {
-  int *row_first, *column_first;       // first source row or column that an output row or column reads
-  int *column_base, *column_offset;    // column_first as the least of each vector of outputs, and the rest
+  int *row_first, *column_first;        // first source row or column that an output row or column reads
+  int *column_base, *column_offset;     // column_first as the least of each vector of outputs, and the rest
   float *row_weights, *column_weights;  // (height, row_taps) and (column_taps, padded_width)
-  float *line, *planar_line;           // one source row blend: as it lies in memory, and a plane per channel
-  float *image, *blurred;              // (channels, plane)
+  float *line, *planar_line;            // one source row blend: as it lies in memory, and a plane per channel
+  float *image, *blurred;               // (channels, plane)
   float* blur_line;
   int row_taps, column_taps;  // at most
   int64_t padded_width, line_stride, plane;
@@ -111,6 +111,9 @@ using AugmentDistribution = std::pair<std::vector<double>, std::vector<int64_t>>
 /// image_sizes: (samples, 2) int64, height and width; sample_ids: (samples) int64.
 AugmentDraws augment_draw(const at::Tensor& image_sizes, const at::Tensor& sample_ids,
                           const std::vector<AugmentDistribution>& views, uint64_t seed, int64_t epoch);
+
+/// Philox 4x32-10 as a function of four words of counter and two of key, for tests.
+std::vector<uint32_t> philox4x32_words(const std::vector<uint32_t>& counter, const std::vector<uint32_t>& key);
 
 /// → (views, samples, channels, height, width). images: one 4-D batch, or a 3-D tensor a sample.
 at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vector<at::Tensor>& draws,

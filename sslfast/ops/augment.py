@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sslfast import _C
-from sslfast.reference.augment import augment as augment_reference
+from sslfast import _C, reference
 
 STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 """What `AugmentParams.order` counts: 0 is brightness, …, 6 is solarize."""
@@ -157,8 +156,8 @@ def augment(
     (x - mean) / std. Each step equals torchvision's functional op on a float image.
 
     Args:
-        images: uint8 (0 … 255) or float32 (0 … 1): (images, channels, height, width), (images, height, width, channels),
-            or a list of (channels, height, width) or (height, width, channels) of different sizes; 1 or 3 channels.
+        images: uint8 (0 … 255) or float32 (0 … 1), 1 or 3 channels: (images, channels, height, width) or (images,
+            height, width, channels), or a list of (channels, height, width) or (height, width, channels) of any sizes.
         params: from `draw_params`, (views, images, …).
         size: height and width of the output, or one number for both.
         interpolation: "bilinear" or "bicubic" (which may leave [0, 1], as torchvision's does on float images).
@@ -175,7 +174,7 @@ def augment(
     Raises:
         ValueError, TypeError: naming the argument, before anything is computed.
     """
-    height, width = _size(size)
+    height, width = check_size(size)
     tensors, channels_first, channels = _images(images, layout)
     if interpolation not in ("bilinear", "bicubic"):
         raise ValueError(f'interpolation: expected "bilinear" or "bicubic", got {interpolation!r}')
@@ -185,6 +184,15 @@ def augment(
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"memory_format: expected contiguous_format or channels_last, got {memory_format}")
+    if not isinstance(params, AugmentParams):
+        raise TypeError(f"params: expected AugmentParams, got {type(params).__name__}")
+    channels_last = memory_format == torch.channels_last
+    if tensors[0].device.type != "cpu":
+        batch = [x if channels_first else x.movedim(-1, 0) for x in (tensors[0] if tensors[0].dim() == 4 else tensors)]
+        out = reference.augment.augment(
+            batch, params, (height, width), interpolation, antialias, kernel_size, mean, std
+        ).to(dtype)
+        return out.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else out
     return torch.ops.sslfast.augment_forward(
         tensors,
         list(params),
@@ -197,7 +205,7 @@ def augment(
         mean,
         std,
         dtype,
-        memory_format == torch.channels_last,
+        channels_last,
     )
 
 
@@ -210,6 +218,15 @@ def image_sizes(images: Tensor | Sequence[Tensor], layout: str | None = None) ->
     return torch.tensor([image.shape[at] for image in tensors]).reshape(-1, 2)
 
 
+def check_size(size) -> tuple[int, int]:
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
+        raise TypeError(f"size: expected an int or (height, width), got {size!r}")
+    if min(pair) < 1:
+        raise ValueError(f"size: expected at least 1 pixel, got {size!r}")
+    return pair
+
+
 def check_kernel_size(kernel_size: int) -> None:
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0 or kernel_size > 255:
         raise ValueError(f"kernel_size: expected an odd number from 1 to 255, got {kernel_size!r}")
@@ -218,8 +235,8 @@ def check_kernel_size(kernel_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("sslfast::augment_forward", mutates_args=())
-def augment_forward(
+@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types="cpu")
+def _forward(
     images: list[Tensor],
     params: list[Tensor],
     channels_first: bool,
@@ -233,42 +250,19 @@ def augment_forward(
     dtype: torch.dtype,
     channels_last: bool,
 ) -> Tensor:
-    """The kernel itself on CPU images, and the reference on any other device."""
-    if images and images[0].device.type != "cpu":
-        return _on_other_devices(
-            images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
-            channels_last,
-        )  # fmt: skip
+    size = (height, width)
     return _C.augment_forward(
-        images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
-        channels_last,
-    )  # fmt: skip
+        images, params, channels_first, *size, interpolation, antialias, kernel_size, mean, std, dtype, channels_last
+    )
 
 
-@augment_forward.register_fake
-def _(
-    images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
-    channels_last,
-):  # fmt: skip
-    samples = images[0].shape[0] if len(images) == 1 and images[0].dim() == 4 else len(images)
-    channels = images[0].shape[-3 if channels_first else -1]
-    views, device = params[0].shape[0], images[0].device
+@_forward.register_fake
+def _(images, params, channels_first, height, width, _i, _a, _k, _m, _s, dtype, channels_last):
+    batch, views = images[0].dim() == 4, params[0].shape[0]
+    samples, channels = images[0].shape[0] if batch else len(images), images[0].shape[-3 if channels_first else -1]
     if channels_last:
-        shape = (views, samples, height, width, channels)
-        return torch.empty(shape, dtype=dtype, device=device).permute(0, 1, 4, 2, 3)
-    return torch.empty((views, samples, channels, height, width), dtype=dtype, device=device)
-
-
-def _on_other_devices(
-    images, params, channels_first, height, width, interpolation, antialias, kernel_size, mean, std, dtype,
-    channels_last,
-):  # fmt: skip
-    batch = images[0].unbind() if len(images) == 1 and images[0].dim() == 4 else images
-    planar = [image if channels_first else image.movedim(-1, 0) for image in batch]
-    out = augment_reference(
-        planar, AugmentParams(*params), (height, width), interpolation, antialias, kernel_size, mean, std
-    ).to(dtype)
-    return out.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else out
+        return images[0].new_empty((views, samples, height, width, channels), dtype=dtype).movedim(-1, 2)
+    return images[0].new_empty((views, samples, channels, height, width), dtype=dtype)
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -295,15 +289,6 @@ def _check_range(name, values, *, above=-math.inf, at_least=-math.inf, at_most=m
         bounds = [f"> {above:g}"] * math.isfinite(above) + [f"≥ {at_least:g}"] * math.isfinite(at_least)
         bounds += [f"≤ {at_most:g}"] * math.isfinite(at_most)
         raise ValueError(f"{name}: expected min ≤ max, each {' and '.join(bounds)}, got {values!r}")
-
-
-def _size(size) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-    if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
-        raise TypeError(f"size: expected an int or (height, width), got {size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"size: expected at least 1 pixel, got {size!r}")
-    return pair
 
 
 def _ids(sample_ids, count: int) -> Tensor:
@@ -351,7 +336,9 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
     first = {image.shape[-3] for image in tensors} == {shape[0]} and shape[0] in (1, 3)
     last = {image.shape[-1] for image in tensors} == {shape[2]} and shape[2] in (1, 3)
     if layout is None and first and last:
-        raise ValueError(f'images: shape {tuple(shape)} can be read as CHW and as HWC; say layout="CHW" or layout="HWC"')
+        raise ValueError(
+            f'images: shape {tuple(shape)} can be read as CHW and as HWC; say layout="CHW" or layout="HWC"'
+        )
     channels_first = layout == "CHW" if layout else first or not last
     if not (first if channels_first else last):
         _explain_channels(tensors, layout)

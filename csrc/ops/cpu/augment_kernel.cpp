@@ -11,14 +11,13 @@
 // Least memory traffic per task: C·h'·w' source bytes in, C·h·w output elements out (h'×w' is the crop).
 // Arithmetic per output pixel, C = 3, bilinear: resize 3·(2·2 + 2·2), jitter about 70 (hue 45 of it), blur
 // 3·2·(2·taps), normalise 6.
-#include "csrc/ops/augment.h"
-
 #include <ATen/Parallel.h>
 
 #include <cstring>
 
 #include "csrc/common/color.h"
 #include "csrc/common/vec.h"
+#include "csrc/ops/augment.h"
 
 namespace sslfast {
 namespace CPU_CAPABILITY {
@@ -336,7 +335,7 @@ void normalize_store(const AugmentForwardParams& p, const float* image, int64_t 
   const int64_t pixels = int64_t{p.height} * p.width;
   T* out = static_cast<T*>(p.output) + task * p.channels * pixels;
   if (p.channels_last && p.channels == 3) {
-    const float *__restrict r = image, *__restrict g = image + plane, *__restrict b = image + 2 * plane;
+    const float* __restrict r = image, * __restrict g = image + plane, * __restrict b = image + 2 * plane;
     T* __restrict to = out;
     const float m0 = p.mean[0], m1 = p.mean[1], m2 = p.mean[2];
     const float s0 = p.inverse_std[0], s1 = p.inverse_std[1], s2 = p.inverse_std[2];
