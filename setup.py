@@ -1,6 +1,6 @@
 """Builds sslfast._C: setuptools calls CMake, CMake owns every compiler flag.
 
-SSLFAST_CUDA=auto|on|off   auto (default): CUDA kernels when torch has CUDA and an nvcc of the same major version is found
+SSLFAST_CUDA=auto|on|off   auto (default): CUDA kernels when torch has CUDA and there is an nvcc of its major version
 SSLFAST_CUDA_ARCHS="…"     CMake's list of CUDA architectures
 SSLFAST_SANITIZE="…"       sanitizers of g++ or clang, e.g. address,undefined
 CXX, CUDACXX               the compilers
