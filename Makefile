@@ -44,7 +44,10 @@ test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks/$(if $(OP),bench_$(OP).py) --benchmark-disable-gc $(ARGS)
+	@mkdir -p build
+	$(BIN)/python -m pytest benchmarks/$(if $(OP),bench_$(OP).py) --benchmark-disable-gc --benchmark-quiet \
+		--benchmark-json=build/benchmark.json $(ARGS)
+	$(BIN)/python benchmarks/report.py build/benchmark.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
