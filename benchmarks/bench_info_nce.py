@@ -42,7 +42,7 @@ def test_nt_xent(race, quick, batch, dim, dtype):
         case,
         step("sslfast", *case.values()),
         {name: step(name, *case.values()) for name in names},
-        # Symmetry leaves two products of (2·batch)²·dim: half of S and half of S again, and a whole one for the gradient.
+        # Symmetry leaves two products of (2·batch)²·dim: half of one for S, half to have S again, one for the gradient.
         floor=(2 * 2 * (2 * batch) ** 2 * dim, matmul_ceiling(getattr(torch, dtype))),
         headline=dim == 128,
         memory=memory,

@@ -1,4 +1,4 @@
-"""Turns what a benchmark run saved into results/<op>.json, a table and a plot, and puts the table's headlines into the README.
+"""Turns what a benchmark run saved into results/<op>.json, a table and a plot, and puts the headlines into the README.
 
 python benchmarks/report.py SAVED.json [FOLDER]      FOLDER: instead of benchmarks/results; the README stays as it is
 """
@@ -77,7 +77,7 @@ def ratio(low: float, median: float, high: float) -> str:
 
 
 def table(found: dict, headlines_only: bool = False) -> str:
-    """Markdown: a row for each case; behind a peer's time, how many times slower than ours it is, with its quartiles."""
+    """Markdown: a row for each case; behind a peer's time, how many times ours it is, with the quartiles of that."""
     cases = [case for case in found["cases"] if case["headline"] or not headlines_only]
     peers = list(dict.fromkeys(name for case in cases for name in case["ratio"] if name != "floor"))
     keys = list(cases[0]["case"])
@@ -102,8 +102,8 @@ def table(found: dict, headlines_only: bool = False) -> str:
 
 def provenance(found: dict) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    text = f"{found['cpu']}{' with AMX' if found['amx'] else ''}, {found['threads']} threads, {packages}; {found['date']}, "
-    text += f"commit {found['commit']}."
+    text = f"{found['cpu']}{' with AMX' if found['amx'] else ''}, {found['threads']} threads, {packages}; "
+    text += f"{found['date']}, commit {found['commit']}."
     rates = {}
     for case in found["cases"]:
         for name, rate in case["ceiling_per_second"].items():
@@ -118,9 +118,10 @@ def plot(found: dict, path: Path) -> None:
     """Time against the first key of the cases, both logarithmic; a panel for each combination of the other keys."""
     x_key, *panel_keys = found["cases"][0]["case"]
     drawn = [case for case in found["cases"] if len(case["ratio"]) > ("floor" in case["ratio"])]  # with a peer
-    panels = sorted({tuple(case["case"][key] for key in panel_keys) for case in drawn}, key=lambda p: p[::-1], reverse=True)
-    panels = [p for _, group in groupby(panels, key=lambda p: p[-1:]) for p in sorted(group)]
-    rows = len({panel[-1:] for panel in panels})
+    panels = list(dict.fromkeys(tuple(case["case"][key] for key in panel_keys) for case in drawn))
+    rows_of = list(dict.fromkeys(panel[-1:] for panel in panels))  # the last key makes the rows
+    panels.sort(key=lambda panel: (rows_of.index(panel[-1:]), panel))
+    rows = len(rows_of)
     columns = -(-len(panels) // rows)
     names = [OURS, *dict.fromkeys(name for case in drawn for name in case["ratio"] if name != "floor"), "floor"]
     colors = COLORS | dict(zip(names[1:-1], PEER_COLORS, strict=False))
@@ -155,6 +156,12 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path)
 
 
+def replace_between(text: str, name: str, new: str) -> str:
+    """`text` with what stands between the HTML comments `name` and `end of name` replaced."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{new}\n{end}", text, flags=re.DOTALL)
+
+
 def main(saved: str, folder: str = "") -> None:
     run = json.loads(Path(saved).read_text())
     out = Path(folder) if folder else RESULTS
@@ -169,9 +176,8 @@ def main(saved: str, folder: str = "") -> None:
         print(f"\n{op}\n\n{text}")
         if not folder:
             readme = ROOT / "README.md"
-            begin, end = f"<!-- table {op} -->", f"<!-- end of table {op} -->"
-            block = f"{begin}\n{table(found, headlines_only=True)}\n{provenance(found)}\n{end}"
-            readme.write_text(re.sub(f"{begin}.*?{end}", lambda _: block, readme.read_text(), flags=re.S))
+            headlines = f"{table(found, headlines_only=True)}\n{provenance(found)}"
+            readme.write_text(replace_between(readme.read_text(), f"table {op}", headlines))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def run(*command) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("op", [path.stem.removeprefix("bench_") for path in sorted(ROOT.glob("benchmarks/bench_*.py"))])
+@pytest.mark.parametrize("op", sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")))
 def test_benchmark_runs_and_reports(op, tmp_path):
     run("-m", "pytest", f"benchmarks/bench_{op}.py", "--quick", f"--benchmark-json={tmp_path}/saved.json")
     printed = run("benchmarks/report.py", tmp_path / "saved.json", tmp_path)
