@@ -197,34 +197,51 @@ int reflect(int i, int n) {
   return i >= n ? 2 * (n - 1) - i : i;
 }
 
+// kVecs vectors of Σ_k weights[|k|] · row_k, where row_k(-k) and row_k(k) point to the pixels on either side.
+template <int kVecs, typename Before, typename After>
+SSLFAST_INLINE void symmetric_sum(const float* center, const Before& before, const After& after, int radius,
+                                  const float* weights, float* out) {
+  constexpr int kLane = kLanes<float>;
+  Vec<float> sum[kVecs];
+  for (int i = 0; i < kVecs; ++i) sum[i] = weights[0] * load(center + i * kLane);
+  for (int k = 1; k <= radius; ++k) {
+    const float *a = before(k), *b = after(k), weight = weights[k];
+    for (int i = 0; i < kVecs; ++i) sum[i] += weight * (load(a + i * kLane) + load(b + i * kLane));
+  }
+  for (int i = 0; i < kVecs; ++i) store(out + i * kLane, sum[i]);
+}
+
+// The above for a row of `width` pixels, in whole vectors.
+template <typename Before, typename After>
+SSLFAST_INLINE void symmetric_row(const float* center, const Before& before, const After& after, int radius,
+                                  const float* weights, int width, float* out) {
+  constexpr int kLane = kLanes<float>;
+  int x = 0;
+  for (; x + 4 * kLane <= width; x += 4 * kLane)
+    symmetric_sum<4>(
+        center + x, [&](int k) { return before(k) + x; }, [&](int k) { return after(k) + x; }, radius, weights,
+        out + x);
+  for (; x < width; x += kLane)
+    symmetric_sum<1>(
+        center + x, [&](int k) { return before(k) + x; }, [&](int k) { return after(k) + x; }, radius, weights,
+        out + x);
+}
+
 // One row of one plane: the vertical pass goes into a line with mirrored ends, the horizontal one from there to `out`.
 void blur_row(const float* plane, int height, int width, int y, int radius, const float* weights, float* line,
               float* out) {
-  using V = Vec<float>;
-  constexpr int kLane = kLanes<float>;
   const float *above[kMaxBlurRadius + 1], *below[kMaxBlurRadius + 1];
   for (int k = 0; k <= radius; ++k) {
     above[k] = plane + int64_t{reflect(y - k, height)} * width;
     below[k] = plane + int64_t{reflect(y + k, height)} * width;
   }
-  for (int x = 0; x < width; x += 2 * kLane) {
-    V sum0 = weights[0] * load(above[0] + x), sum1 = weights[0] * load(above[0] + x + kLane);
-    for (int k = 1; k <= radius; ++k) {
-      sum0 += weights[k] * (load(above[k] + x) + load(below[k] + x));
-      sum1 += weights[k] * (load(above[k] + x + kLane) + load(below[k] + x + kLane));
-    }
-    store(line + x, sum0);
-    store(line + x + kLane, sum1);
-  }
+  symmetric_row(
+      above[0], [&](int k) { return above[k]; }, [&](int k) { return below[k]; }, radius, weights, width, line);
   for (int k = 1; k <= radius; ++k) {
     line[-k] = line[reflect(-k, width)];
     line[width - 1 + k] = line[reflect(width - 1 + k, width)];
   }
-  for (int x = 0; x < width; x += kLane) {
-    V sum = weights[0] * load(line + x);
-    for (int k = 1; k <= radius; ++k) sum += weights[k] * (load(line + x - k) + load(line + x + k));
-    store(out + x, sum);
-  }
+  symmetric_row(line, [&](int k) { return line - k; }, [&](int k) { return line + k; }, radius, weights, width, out);
 }
 
 // ---------------------------------------------------------------------------------------------------- colour
@@ -235,45 +252,51 @@ struct Step {
   float offset;  // contrast: (1 - factor) · mean grey
 };
 
+// Calls `each` for the pixels [begin, end) of one plane or of three, a vector at a time and then one at a time.
+template <typename Each>
+SSLFAST_INLINE void for_values(float* x, int64_t begin, int64_t end, const Each& each) {
+  constexpr int kLane = kLanes<float>;
+  int64_t i = begin;
+  for (; i + kLane <= end; i += kLane) store(x + i, each(load(x + i)));
+  for (; i < end; ++i) x[i] = each(x[i]);
+}
+
+template <typename Each>
+SSLFAST_INLINE void for_pixels(float* r, float* g, float* b, int64_t begin, int64_t end, const Each& each) {
+  constexpr int kLane = kLanes<float>;
+  int64_t i = begin;
+  for (; i + kLane <= end; i += kLane) {
+    const Rgb<Vec<float>> out = each(Rgb<Vec<float>>{load(r + i), load(g + i), load(b + i)});
+    store(r + i, out.r), store(g + i, out.g), store(b + i, out.b);
+  }
+  for (; i < end; ++i) {
+    const Rgb<float> out = each(Rgb<float>{r[i], g[i], b[i]});
+    r[i] = out.r, g[i] = out.g, b[i] = out.b;
+  }
+}
+
 // Pixels [begin, end) of all planes, in place.
 void recolor(const Step& step, int channels, float* image, int64_t plane, int64_t begin, int64_t end) {
-  float* __restrict r = image;
-  float* __restrict g = image + plane;
-  float* __restrict b = image + 2 * plane;
+  float *r = image, *g = image + plane, *b = image + 2 * plane;
   const float value = step.value, offset = step.offset;
   switch (step.kind) {
     case kBrightness:
     case kContrast:
-      for (int c = 0; c < channels; ++c) {
-        float* __restrict x = image + c * plane;
-#pragma omp simd
-        for (int64_t i = begin; i < end; ++i) x[i] = blend(x[i], value, offset);
-      }
+      for (int c = 0; c < channels; ++c)
+        for_values(image + c * plane, begin, end, [=](auto x) { return blend(x, value, offset); });
       break;
     case kSaturation:
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        const Rgb out = saturate({r[i], g[i], b[i]}, value);
-        r[i] = out.r, g[i] = out.g, b[i] = out.b;
-      }
+      for_pixels(r, g, b, begin, end, [=](auto p) { return saturate(p, value); });
       break;
     case kHue:
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) {
-        const Rgb out = shift_hue({r[i], g[i], b[i]}, value);
-        r[i] = out.r, g[i] = out.g, b[i] = out.b;
-      }
+      for_pixels(r, g, b, begin, end, [=](auto p) { return shift_hue(p, value); });
       break;
     case kGrayscale:
-#pragma omp simd
-      for (int64_t i = begin; i < end; ++i) r[i] = g[i] = b[i] = luma({r[i], g[i], b[i]});
+      for_pixels(r, g, b, begin, end, [](auto p) { return decltype(p){luma(p), luma(p), luma(p)}; });
       break;
     case kSolarize:
-      for (int c = 0; c < channels; ++c) {
-        float* __restrict x = image + c * plane;
-#pragma omp simd
-        for (int64_t i = begin; i < end; ++i) x[i] = solarize(x[i], value);
-      }
+      for (int c = 0; c < channels; ++c)
+        for_values(image + c * plane, begin, end, [=](auto x) { return solarize(x, value); });
       break;
     default:
       break;
@@ -281,18 +304,15 @@ void recolor(const Step& step, int channels, float* image, int64_t plane, int64_
 }
 
 float sum_of_grey(int channels, const float* image, int64_t plane, int64_t begin, int64_t end) {
-  const float* __restrict r = image;
-  const float* __restrict g = image + plane;
-  const float* __restrict b = image + 2 * plane;
+  const float *r = image, *g = image + plane, *b = image + 2 * plane;
+  constexpr int kLane = kLanes<float>;
+  Vec<float> sums{};
   float sum = 0.0f;
-  if (channels == 1) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += r[i];
-  } else {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = begin; i < end; ++i) sum += luma({r[i], g[i], b[i]});
-  }
-  return sum;
+  int64_t i = begin;
+  for (; i + kLane <= end; i += kLane)
+    sums += channels == 1 ? load(r + i) : luma(Rgb<Vec<float>>{load(r + i), load(g + i), load(b + i)});
+  for (; i < end; ++i) sum += channels == 1 ? r[i] : luma(Rgb<float>{r[i], g[i], b[i]});
+  return sum + sum_lanes<float>(sums);
 }
 
 // ---------------------------------------------------------------------------------------------------- output
@@ -425,8 +445,8 @@ void augment_task(const AugmentForwardParams& p, const AugmentScratch& scratch, 
     for (int y = 0; y < p.height; y += rows_per_block) {
       const int y_end = y + rows_per_block < p.height ? y + rows_per_block : p.height;
       for (int row = y; row < y_end && !resized; ++row) resize_row(p, s, source, row);
-      for (int row = y; row < y_end && blurs; ++row)
-        for (int c = 0; c < p.channels; ++c)
+      for (int c = 0; c < p.channels && blurs; ++c)
+        for (int row = y; row < y_end; ++row)
           blur_row(s.image + c * s.plane, p.height, p.width, row, blur_radius, blur_weights,
                    s.blur_line + p.blur_radius + kAugmentPad, s.blurred + c * s.plane + int64_t{row} * p.width);
       const int64_t from = int64_t{y} * p.width, to = int64_t{y_end} * p.width;
@@ -461,10 +481,13 @@ void augment_task(const AugmentForwardParams& p, const AugmentScratch& scratch, 
 }  // namespace
 
 void launch_augment_forward_cpu(const AugmentForwardParams& params) {
-  at::parallel_for(0, params.views * params.samples, 1, [&](int64_t begin, int64_t end) {
-    const AugmentScratch scratch =
-        augment_scratch(params, params.scratch + at::get_thread_num() * params.scratch_bytes);
-    for (int64_t task = begin; task < end; ++task) augment_task(params, scratch, task);
+  // Tasks differ in cost, so threads take the next one whenever they are free. Which thread did it leaves no trace.
+  const int64_t tasks = params.views * params.samples;
+  int64_t next = 0;
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
+    const AugmentScratch scratch = augment_scratch(params, params.scratch + begin * params.scratch_bytes);
+    for (int64_t task; begin < end && (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;)
+      augment_task(params, scratch, task);
   });
 }
 
