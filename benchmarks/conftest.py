@@ -37,6 +37,7 @@ def race(benchmark, quick):
     floor: (amount, ceiling), the least work that the problem needs and the ceiling that limits it.
     headline: whether the README's table shows this case.
     memory: {name: bytes}, see measure.peak_memory.
+    items: (number, name) of what a call makes, such as (64, "views"): the table tells how many a second.
     """
 
     def race(
@@ -46,6 +47,7 @@ def race(benchmark, quick):
         floor: tuple[float, Ceiling] | None = None,
         headline: bool = False,
         memory: dict[str, int] | None = None,
+        items: tuple[int, str] | None = None,
     ) -> None:
         runs = dict(peers)
         if floor:
@@ -74,6 +76,7 @@ def race(benchmark, quick):
             "calls": own_calls,
             "others": times,
             "memory": memory or {},
+            "items": items,
             "headline": headline,
             "threads": torch.get_num_threads(),
         }

@@ -1,7 +1,9 @@
 """What the benchmarks compare with: the same job done by other libraries or by plain PyTorch."""
 
+import multiprocessing
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,3 +28,90 @@ def nt_xent_lightly() -> Callable[[Tensor, Tensor], Tensor]:
 def nt_xent_compiled() -> Callable[[Tensor, Tensor], Tensor]:
     torch.compiler.reset()
     return torch.compile(nt_xent_cross_entropy, dynamic=False)
+
+
+# Augmentation: the SimCLR chain, without blur where kernel_size is 0, of one-channel images without what needs colours.
+# Each takes a list of (C, H, W) uint8 images and returns two (N, C, size, size) float32 tensors in [0, 1].
+
+
+def augment_torchvision(size: int, channels: int, strength: float, kernel_size: int) -> Callable:
+    from torchvision.transforms import v2
+
+    jitter = [0.8 * strength] * 2 + ([0.8 * strength, 0.2 * strength] if channels == 3 else [])
+    steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.RandomApply([v2.ColorJitter(*jitter)], p=0.8)]
+    steps += [v2.RandomGrayscale(0.2)] if channels == 3 else []
+    steps += [v2.RandomApply([v2.GaussianBlur(kernel_size)], p=0.5)] if kernel_size else []
+    chain = v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+    return lambda images: [torch.stack([chain(image) for image in images]) for _ in range(2)]
+
+
+def augment_kornia(size: int, channels: int, strength: float, kernel_size: int) -> Callable:
+    from kornia import augmentation as K
+
+    jitter = [0.8 * strength] * 2 + ([0.8 * strength, 0.2 * strength] if channels == 3 else [])
+    steps = [K.RandomResizedCrop((size, size)), K.RandomHorizontalFlip(), K.ColorJitter(*jitter, p=0.8)]
+    steps += [K.RandomGrayscale(p=0.2)] if channels == 3 else []
+    steps += [K.RandomGaussianBlur((kernel_size, kernel_size), (0.1, 2.0), p=0.5)] if kernel_size else []
+    chain = torch.nn.Sequential(*steps)
+
+    @torch.no_grad()
+    def augment(images):
+        batch = torch.stack(list(images)).float() / 255
+        return [chain(batch) for _ in range(2)]
+
+    return augment
+
+
+def augment_albumentations(size: int, channels: int, strength: float, kernel_size: int) -> Callable:
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(1)
+    saturation, hue = (0.8 * strength, 0.2 * strength) if channels == 3 else (0, 0)
+    steps = [A.RandomResizedCrop((size, size)), A.HorizontalFlip()]
+    steps += [A.ColorJitter(0.8 * strength, 0.8 * strength, saturation, hue, p=0.8)]
+    steps += [A.ToGray(p=0.2)] if channels == 3 else []
+    steps += [A.GaussianBlur((kernel_size, kernel_size), (0.1, 2.0), p=0.5)] if kernel_size else []
+    chain = A.Compose(steps)
+
+    def augment(images):
+        pixels = [np.ascontiguousarray(image.numpy().transpose(1, 2, 0)) for image in images]
+        views = [np.stack([chain(image=image)["image"] for image in pixels]) for _ in range(2)]
+        return [torch.from_numpy(view).permute(0, 3, 1, 2).contiguous().float() / 255 for view in views]
+
+    return augment
+
+
+class InTwoProcesses:
+    """An augmentation of `images`, half of them in each of two processes that write into shared memory."""
+
+    def __init__(self, make: Callable, arguments: tuple, images: list[Tensor]):
+        size, channels = arguments[:2]
+        self.views = torch.empty(2, len(images), channels, size, size).share_memory_()
+        context, half = multiprocessing.get_context("spawn"), len(images) // 2
+        self.pipes = []
+        for part in (slice(None, half), slice(half, None)):
+            pipe, other = context.Pipe()
+            own = (other, make, arguments, images[part], self.views[:, part])
+            context.Process(target=self._serve, args=own, daemon=True).start()
+            self.pipes.append(pipe)
+
+    @staticmethod
+    def _serve(pipe, make: Callable, arguments: tuple, images: list[Tensor], out: Tensor) -> None:
+        torch.set_num_threads(1)
+        augment = make(*arguments)
+        while pipe.recv():
+            for view, made in zip(out, augment(images), strict=True):
+                view.copy_(made)
+            pipe.send(True)
+
+    def __call__(self) -> Tensor:
+        for pipe in self.pipes:
+            pipe.send(True)
+        for pipe in self.pipes:
+            pipe.recv()
+        return self.views
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(False)

@@ -45,6 +45,7 @@ def results(saved: dict, benchmarks: list[dict]) -> dict:
                 "ratio": {name: quartiles(values) for name, values in ratios.items()},
                 "ceiling_per_second": {name: float(f"{rate:.4g}") for name, rate in info.get("ceiling", {}).items()},
                 "extra_bytes": info["memory"],
+                "items": info.get("items"),
             }
         )
     machine, commit = saved["machine_info"], saved["commit_info"]
@@ -83,10 +84,15 @@ def table(found: dict, headlines_only: bool = False) -> str:
     keys = list(cases[0]["case"])
     with_floor = any("floor" in case["ratio"] for case in cases)
     with_memory = any(case["extra_bytes"] for case in cases)
-    head = [*keys, OURS, *peers, *(["of the floor"] if with_floor else []), *(["extra memory"] if with_memory else [])]
+    items = [case["items"][1] for case in cases if case.get("items")][:1]
+    head = [*keys, OURS, *(f"{name} a second" for name in items), *peers]
+    head += ["of the floor"] * with_floor + ["extra memory"] * with_memory
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for case in cases:
         cells = [str(case["case"][key]) for key in keys] + [milliseconds(case["seconds"][OURS][1])]
+        if items:
+            time, count = case["seconds"][OURS][1], case["items"][0]
+            cells.append(f"{count / time:,.0f} ({time / count * 1e6:.3g} µs each)")
         for name in peers:
             known = name in case["ratio"]
             cells.append(f"{milliseconds(case['seconds'][name][1])}, {ratio(*case['ratio'][name])}" if known else "")
