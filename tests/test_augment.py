@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -312,6 +313,22 @@ def test_same_bits_on_any_number_of_threads_and_in_any_batch():
         torch.set_num_threads(threads)
     part = AugmentParams(*(value[:, [7, 2]] for value in params))
     assert torch.equal(augment(images[[7, 2]], part, 48, kernel_size=5), expected[:, [7, 2]])
+
+
+def test_memory_of_an_output_is_reused_only_when_nobody_holds_it():
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    make = partial(augment, images, neutral(4, 8, 8), 64)
+    first, second = make(), make()
+    held = {first.data_ptr(): first[0, 1], second.data_ptr(): second.numpy()}  # a view and an array hold the memory
+    del first, second
+    images += 255
+    outputs = [make() for _ in range(4)]
+    assert not {out.data_ptr() for out in outputs} & set(held)
+    assert all((part == 0).all() for part in held.values())
+    assert len({out.data_ptr() for out in outputs}) == 4
+    addresses = {out.data_ptr() for out in outputs}
+    del outputs
+    assert make().data_ptr() in addresses
 
 
 def test_opcheck():
