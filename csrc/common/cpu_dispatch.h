@@ -11,13 +11,14 @@
 
 namespace sslfast {
 
-enum class CpuCapability { Default = 0, Avx2 = 1, Avx512 = 2 };
+/// The last two run the AVX-512 copies, in which a kernel may use these instructions through target attributes.
+enum class CpuCapability { Default = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3, Amx = 4 };
 
 /// The capability in use: the best that was compiled and that this machine has, or what SSLFAST_CPU_CAPABILITY or
 /// set_cpu_capability() asked for.
 CpuCapability cpu_capability();
 
-/// "default", "avx2" or "avx512"; throws std::invalid_argument on another name or one that this machine cannot run.
+/// "default", "avx2", "avx512", "avx512_bf16" or "amx"; throws std::invalid_argument on another name or one that this machine cannot run.
 void set_cpu_capability(const std::string& name);
 std::string cpu_capability_name();
 std::vector<std::string> available_cpu_capabilities();
@@ -37,6 +38,8 @@ std::vector<std::string> available_cpu_capabilities();
   }
 #define SSLFAST_CPU_DISPATCH(name, params)              \
   switch (::sslfast::cpu_capability()) {                \
+    case ::sslfast::CpuCapability::Amx:                 \
+    case ::sslfast::CpuCapability::Avx512Bf16:          \
     case ::sslfast::CpuCapability::Avx512:              \
       ::sslfast::AVX512::name(params);                  \
       break;                                            \

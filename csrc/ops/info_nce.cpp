@@ -4,18 +4,21 @@
 #include <ATen/Parallel.h>
 
 #include "csrc/common/check.h"
+#include "csrc/common/scratch.h"
 
 namespace sslfast {
 namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/// Everything that forward and backward have in common: checked inputs, sizes, and where scratch comes from.
+/// What forward and backward have in common: checked inputs, sizes and the choice of the kernel.
 struct Problem {
   at::Tensor z1, z2;
-  int64_t batch, dim, padded_rows, padded_dim;
+  int64_t batch, dim, padded_rows, elements;  // elements of ẑ with its padding
   double scale;
+  bool bf16_products;
   at::TensorOptions acc;
+  int64_t acc_bytes;
 
   Problem(const at::Tensor& first, const at::Tensor& second, const at::Tensor& temperature) {
     check_dim(first, 2, "z1");
@@ -31,13 +34,18 @@ struct Problem {
     batch = z1.size(0);
     dim = z1.size(1);
     padded_rows = round_up(2 * batch, kInfoNcePad);
-    padded_dim = round_up(dim, kInfoNcePad);
+    elements = padded_rows * padded_dim();
     scale = 1 / t;
-    acc = z1.options().dtype(z1.scalar_type() == at::kDouble ? at::kDouble : at::kFloat).requires_grad(false);
+    const auto dtype = z1.scalar_type();
+    const auto capability = cpu_capability();
+    bf16_products = scale <= kInfoNceBoundedScale &&
+                    (dtype == at::kBFloat16 ? capability >= CpuCapability::Avx512Bf16
+                                            : dtype != at::kDouble && capability >= CpuCapability::Amx);
+    acc = z1.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat).requires_grad(false);
+    acc_bytes = dtype == at::kDouble ? 8 : 4;
   }
 
-  at::Tensor scratch(int64_t elements) const { return at::empty({elements}, acc); }
-  at::Tensor scratch_double(int64_t elements) const { return at::empty({elements}, acc.dtype(at::kDouble)); }
+  int64_t padded_dim() const { return round_up(dim, kInfoNcePad); }
 };
 
 void check_reduction(const std::string& reduction) {
@@ -51,26 +59,34 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
                                                     const at::Tensor& temperature, const std::string& reduction) {
   const Problem problem(z1, z2, temperature);
   check_reduction(reduction);
-  const auto loss = at::empty({2 * problem.batch}, problem.acc);
-  const auto lse = at::empty({2 * problem.batch}, problem.acc);
-  const auto rows = problem.scratch(2 * problem.padded_rows * problem.padded_dim);
-  const auto inv_norm = problem.scratch(problem.padded_rows), max = problem.scratch(problem.padded_rows);
-  const auto sum = problem.scratch_double(problem.padded_rows);
+  const auto loss = at::empty({2 * problem.batch}, problem.acc), lse = at::empty({2 * problem.batch}, problem.acc);
+  Scratch scratch;
+  const auto rows = scratch.reserve_bytes(2 * problem.elements * problem.acc_bytes);
+  const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
+  const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto max = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto sum = scratch.reserve<double>(problem.padded_rows);
+  scratch.allocate();
 
   InfoNceForwardParams params{};
   params.dtype = problem.z1.scalar_type();
   params.batch = problem.batch;
   params.dim = problem.dim;
-  params.z1 = problem.z1.data_ptr();
-  params.z2 = problem.z2.data_ptr();
+  params.z1 = problem.z1.const_data_ptr();
+  params.z2 = problem.z2.const_data_ptr();
   params.scale = problem.scale;
-  params.rows = rows.data_ptr();
-  params.inv_norm = inv_norm.data_ptr();
-  params.max = max.data_ptr();
-  params.sum = sum.data_ptr<double>();
+  params.rows = scratch.at(rows);
+  params.row_scratch = scratch.at(row_scratch);
+  params.inv_norm = scratch.at(inv_norm);
+  params.max = scratch.at(max);
+  params.sum = scratch.at<double>(sum);
   params.loss = loss.data_ptr();
   params.lse = lse.data_ptr();
-  SSLFAST_CPU_DISPATCH(launch_info_nce_forward_cpu, params);
+  if (problem.bf16_products) {
+    SSLFAST_CPU_DISPATCH(launch_info_nce_forward_bf16_cpu, params);
+  } else {
+    SSLFAST_CPU_DISPATCH(launch_info_nce_forward_cpu, params);
+  }
   if (reduction == "none") return {loss, lse};
 
   // In one thread and in double: the same bits for any number of threads.
@@ -96,35 +112,48 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
                     "grad_loss: expected the shape of the loss, got ", grad_loss.sizes());
   const auto lse_acc = lse.contiguous(), grad_acc = grad_loss.to(problem.acc).contiguous();
   const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
-  const int64_t elements = problem.padded_rows * problem.padded_dim;
-  const auto rows = problem.scratch(2 * elements), grad_rows = problem.scratch(elements);
-  const auto vectors = problem.scratch(3 * problem.padded_rows);
-  const auto tiles = problem.scratch(at::get_num_threads() * kInfoNceTileSize);
-  const auto row_dot = problem.scratch_double(problem.padded_rows), grad_temperature = problem.scratch_double(1);
-  const int64_t bytes = problem.padded_rows * static_cast<int64_t>(vectors.element_size());
+  const auto grad_temperature = at::empty({}, problem.acc.dtype(at::kDouble));
+  const int64_t forms = problem.bf16_products ? 2 : 1;
+  const int64_t block = problem.bf16_products ? info_nce_bf16_block_rows(row_count) : info_nce_block_rows(row_count);
+  const int64_t tile_bytes = problem.bf16_products ? 8 * block * block : block * block * problem.acc_bytes;
+  Scratch scratch;
+  const auto rows = scratch.reserve_bytes(2 * forms * problem.elements * problem.acc_bytes);
+  const auto grad_rows = scratch.reserve_bytes(forms * problem.elements * problem.acc_bytes);
+  const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
+  const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto shift = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto factor = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto row_dot = scratch.reserve<double>(problem.padded_rows);
+  const auto tiles = scratch.reserve_bytes(at::get_num_threads() * tile_bytes);
+  scratch.allocate();
 
   InfoNceBackwardParams params{};
   params.dtype = problem.z1.scalar_type();
   params.batch = problem.batch;
   params.dim = problem.dim;
-  params.z1 = problem.z1.data_ptr();
-  params.z2 = problem.z2.data_ptr();
+  params.z1 = problem.z1.const_data_ptr();
+  params.z2 = problem.z2.const_data_ptr();
   params.scale = problem.scale;
-  params.lse = lse_acc.data_ptr();
-  params.grad_loss = grad_acc.data_ptr();
+  params.lse = lse_acc.const_data_ptr();
+  params.grad_loss = grad_acc.const_data_ptr();
   params.grad_loss_stride = reduction == "none" ? 1 : 0;
   params.grad_loss_factor = reduction == "mean" ? 1.0 / static_cast<double>(row_count) : 1.0;
-  params.rows = rows.data_ptr();
-  params.inv_norm = vectors.data_ptr();
-  params.shift = static_cast<char*>(vectors.data_ptr()) + bytes;
-  params.factor = static_cast<char*>(vectors.data_ptr()) + 2 * bytes;
-  params.grad_rows = grad_rows.data_ptr();
-  params.tiles = tiles.data_ptr();
-  params.row_dot = row_dot.data_ptr<double>();
+  params.rows = scratch.at(rows);
+  params.row_scratch = scratch.at(row_scratch);
+  params.inv_norm = scratch.at(inv_norm);
+  params.shift = scratch.at(shift);
+  params.factor = scratch.at(factor);
+  params.grad_rows = scratch.at(grad_rows);
+  params.tiles = scratch.at(tiles);
+  params.row_dot = scratch.at<double>(row_dot);
   params.grad_z1 = grad_z1.data_ptr();
   params.grad_z2 = grad_z2.data_ptr();
   params.grad_temperature = grad_temperature.data_ptr<double>();
-  SSLFAST_CPU_DISPATCH(launch_info_nce_backward_cpu, params);
+  if (problem.bf16_products) {
+    SSLFAST_CPU_DISPATCH(launch_info_nce_backward_bf16_cpu, params);
+  } else {
+    SSLFAST_CPU_DISPATCH(launch_info_nce_backward_cpu, params);
+  }
   return {grad_z1, grad_z2, grad_temperature.reshape(temperature.sizes()).to(temperature.scalar_type())};
 }
 

@@ -25,6 +25,9 @@ namespace sslfast {
 /// Row blocks and columns are padded in scratch memory to multiples of this many elements.
 inline constexpr int64_t kInfoNcePad = 32;
 
+/// exp(s·c − s) cannot underflow in float32 while 2·s stays below 87; up to here the bound c ≤ 1 replaces a row's maximum.
+inline constexpr double kInfoNceBoundedScale = 40.0;
+
 /// Pointers are to contiguous memory. "acc" is double when z is double, and float otherwise.
 struct InfoNceForwardParams {
   c10::ScalarType dtype;  // of z1 and z2
@@ -33,6 +36,7 @@ struct InfoNceForwardParams {
   const void* z2;  // (batch, dim)
   double scale;    // s = 1/temperature
   void* rows;      // scratch, acc: 2·padded_rows·padded_dim
+  void* row_scratch;  // scratch, acc: 2·threads·padded_dim
   void* inv_norm;  // scratch, acc: padded_rows
   void* max;       // scratch, acc: padded_rows
   double* sum;     // scratch: padded_rows
@@ -50,23 +54,30 @@ struct InfoNceBackwardParams {
   const void* grad_loss;     // acc: (2·batch), or one value for all rows if grad_loss_stride is 0
   int64_t grad_loss_stride;  // 1 or 0
   double grad_loss_factor;   // multiplies grad_loss (1/(2·batch) for a mean)
-  void* rows;                // scratch, acc: 2·padded_rows·padded_dim
+  void* rows;                // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: 4·)
+  void* row_scratch;         // scratch, acc: 2·threads·padded_dim
   void* inv_norm;            // scratch, acc: padded_rows
   void* shift;               // scratch, acc: padded_rows
   void* factor;              // scratch, acc: padded_rows
-  void* grad_rows;           // scratch, acc: padded_rows·padded_dim
-  void* tiles;               // scratch, acc: threads·tile_size
+  void* grad_rows;           // scratch, acc: padded_rows·padded_dim (bfloat16 products: 2·)
+  void* tiles;               // scratch, acc: threads·block² (bfloat16 products: 8·block² bytes)
   double* row_dot;           // scratch: padded_rows
   void* grad_z1;             // out, dtype: (batch, dim)
   void* grad_z2;             // out, dtype: (batch, dim)
   double* grad_temperature;  // out: 1
 };
 
-/// Elements of one thread's tile scratch.
-inline constexpr int64_t kInfoNceTileSize = 128 * 128;
+/// Rows of a block: a function of the problem alone, never of the number of threads (determinism); small where a small batch
+/// would leave threads without a block.
+constexpr int64_t info_nce_block_rows(int64_t rows) { return rows <= 1024 ? 64 : 128; }
+constexpr int64_t info_nce_bf16_block_rows(int64_t rows) { return rows <= 256 ? 64 : rows <= 1024 ? 128 : 256; }
 
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_cpu, InfoNceForwardParams)
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_backward_cpu, InfoNceBackwardParams)
+
+/// The same by bfloat16 products, on CPUs that have them and for scale ≤ kInfoNceBoundedScale.
+SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_bf16_cpu, InfoNceForwardParams)
+SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_backward_bf16_cpu, InfoNceBackwardParams)
 
 /// → (loss, (2·batch) or reduced to (); lse, (2·batch)), both float32 (float64 for float64 input). temperature: one element.
 std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const at::Tensor& z2,

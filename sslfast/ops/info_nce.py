@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
+from sslfast.ops._eager import is_plain_eager
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -38,6 +39,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
     if not isinstance(temperature, Tensor):
         temperature = torch.tensor(temperature, dtype=torch.float64)
+    if is_plain_eager(z1, z2, temperature):
+        return _NTXent.apply(z1, z2, temperature, reduction)
     return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
 
 
@@ -112,3 +115,21 @@ def _backward_of_forward(ctx, grad_loss: Tensor, _grad_lse: None):
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+class _NTXent(torch.autograd.Function):
+    """The same without the dispatcher, which costs 60 µs a step: a fifth of a step at batch 256."""
+
+    @staticmethod
+    def forward(ctx, z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> Tensor:
+        loss, lse = _C.info_nce_forward(z1, z2, temperature, reduction)
+        ctx.save_for_backward(z1, z2, temperature, lse)
+        ctx.reduction = reduction
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor):
+        z1, z2, temperature, lse = ctx.saved_tensors
+        grads = _C.info_nce_backward(grad_loss, z1, z2, temperature, lse, ctx.reduction)
+        return *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[:3], strict=True)), None

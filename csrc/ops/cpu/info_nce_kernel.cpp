@@ -34,10 +34,6 @@ constexpr int64_t kPanel = kInfoNcePad;
 constexpr int64_t kStrip = 8;  // rows of one register-kernel call
 constexpr int64_t kMaxBlock = 128;
 constexpr double kNormEps = 1e-12;
-static_assert(kMaxBlock * kMaxBlock == kInfoNceTileSize);
-
-// exp(s·c − s) cannot underflow in float32 while 2·s stays below 87, and then the bound c ≤ 1 replaces the row's maximum.
-constexpr double kBoundedScale = 40.0;
 
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int kRegisterRows = 8;
@@ -47,10 +43,6 @@ constexpr int kRegisterRows = 4;
 constexpr int kRegisterVecs = 2;  // rows × vecs accumulators + vecs of B + 1 broadcast fit the register file
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-/// Rows of a block: a function of the problem alone, never of the number of threads (determinism), small enough for
-/// parallelism on small batches.
-int64_t block_rows(int64_t rows) { return rows <= 1024 ? 64 : kMaxBlock; }
 
 // c (kStrip × kPanel, contiguous) = or += A·B over `panels`·kPanel terms k. B[k][kPanel] is contiguous. A(r, k) lies at
 // a[r·kPanel + k] (or a[k·kPanel + r] if transposed) within a panel of k, and panels are a_panel apart.
@@ -102,7 +94,7 @@ struct Rows {
       : count(2 * batch),
         padded(round_up(count, kPanel)),
         dim_panels(round_up(dim, kPanel) / kPanel),
-        block(block_rows(count)),
+        block(info_nce_block_rows(count)),
         blocks((padded + block - 1) / block),
         rows(static_cast<T*>(scratch)),
         columns(rows + padded * dim_panels * kPanel),
@@ -239,7 +231,7 @@ void info_nce_forward_kernel(const InfoNceForwardParams& p) {
   T* max = static_cast<T*>(p.max);
   normalize_rows(z, static_cast<const Z*>(p.z1), static_cast<const Z*>(p.z2), p.batch, p.dim);
 
-  const bool bounded = p.scale <= kBoundedScale;
+  const bool bounded = p.scale <= kInfoNceBoundedScale;
   for (int64_t row = 0; row < z.padded; ++row) max[row] = scale;
   for (int64_t row = 0; row < z.padded; ++row) p.sum[row] = 0;
   if (!bounded) row_maxima(z, scale, max);
@@ -348,7 +340,7 @@ void info_nce_backward_kernel(const InfoNceBackwardParams& p) {
   const auto row_weight = [&](int64_t row) {  // s·w_row
     return p.scale * p.grad_loss_factor * grad_loss[row * p.grad_loss_stride];
   };
-  const Weights<T> weights{static_cast<T>(p.scale), p.scale <= kBoundedScale, static_cast<T*>(p.shift),
+  const Weights<T> weights{static_cast<T>(p.scale), p.scale <= kInfoNceBoundedScale, static_cast<T*>(p.shift),
                            static_cast<T*>(p.factor)};
   for (int64_t row = 0; row < z.padded; ++row) {
     weights.shift[row] = weights.bounded || row >= z.count ? weights.scale : lse[row];
@@ -360,7 +352,7 @@ void info_nce_backward_kernel(const InfoNceBackwardParams& p) {
     std::memset(grad + begin * kPanel, 0, (end - begin) * kPanel * sizeof(T));
   });
   for_each_block_pair(z.blocks, [&](int64_t i, int64_t j) {
-    T* tile = static_cast<T*>(p.tiles) + at::get_thread_num() * kInfoNceTileSize;
+    T* tile = static_cast<T*>(p.tiles) + at::get_thread_num() * z.block * z.block;
     add_tile_gradient(z, weights, tile, grad, i, j);
   });
   at::parallel_for(0, z.count, 64, [&](int64_t begin, int64_t end) {
