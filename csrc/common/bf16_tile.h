@@ -1,6 +1,8 @@
 // Products of bfloat16 blocks with float32 accumulation, on AMX tiles or with AVX512-BF16 dot products, and the layouts
-// that both read. A value can be given as a sum of two bfloat16 terms (hi + lo carries 16 bits of the mantissa), which
-// makes a product of nearly float32 accuracy out of three bfloat16 ones: hi·hi + hi·lo + lo·hi.
+// that both read. A number can be given as a sum of bfloat16 terms, each of which carries 8 bits of the mantissa: two
+// make 16 bits and three make the 24 of float32. Products of terms t of A and u of B are summed for t + u < kTerms; the
+// rest is as small as what the terms leave out. So one product becomes 3 with two terms (error about 2⁻¹⁷), 6 with
+// three (2⁻²⁴).
 //
 // A block is 1 KiB, 16 rows of 64 bytes, as a tile register holds it:
 //   operand A, 16 rows × 32 k:      [row][k]
@@ -23,8 +25,7 @@
   _Pragma("clang attribute push(__attribute__((target(\"avx512bf16,amx-tile,amx-bf16\"))), apply_to = function)")
 #define SSLFAST_END_BF16_CODE _Pragma("clang attribute pop")
 #else
-#define SSLFAST_BEGIN_BF16_CODE \
-  _Pragma("GCC push_options") _Pragma("GCC target(\"avx512bf16,amx-tile,amx-bf16\")")
+#define SSLFAST_BEGIN_BF16_CODE _Pragma("GCC push_options") _Pragma("GCC target(\"avx512bf16,amx-tile,amx-bf16\")")
 #define SSLFAST_END_BF16_CODE _Pragma("GCC pop_options")
 #endif
 
@@ -39,13 +40,13 @@ struct Bf16Operand {
   const uint16_t* data;
   int64_t half;  // from the first 16 rows (columns) to the next 16
   int64_t step;  // from 32 k to the next 32 k
-  int64_t term;  // from hi to lo
+  int64_t term;  // from one term to the next
 };
 
 /// Eight tile registers of 16 rows × 64 bytes for this thread; release_tiles() gives them back.
 inline void configure_tiles() {
   alignas(64) uint8_t config[64] = {};
-  config[0] = 1;                                                              // palette
+  config[0] = 1;                                                             // palette
   for (int t = 0; t < 8; ++t) config[16 + 2 * t] = 64, config[48 + t] = 16;  // bytes a row, rows
   __asm__ volatile("" ::"r"(config) : "memory");  // GCC's intrinsic names 8 of the 64 bytes as read
   _tile_loadconfig(config);
@@ -72,8 +73,7 @@ inline void multiply_tiles() {
 
 /// c (32 × 32: blocks at c, c + 256 below it, c + c_half to its right) = or += A·B over 32·steps terms k.
 template <int kTerms, bool kAccumulate>
-inline void multiply_amx(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c,
-                                            int64_t c_half) {
+inline void multiply_amx(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
   __asm__ volatile("" ::: "memory");  // GCC's tile loads do not say that they read memory
   if constexpr (kAccumulate) {
     _tile_loadd(0, c, kTileStride);
@@ -88,16 +88,15 @@ inline void multiply_amx(const Bf16Operand& a, const Bf16Operand& b, int64_t ste
   }
   for (int64_t k = 0; k < steps; ++k) {
     const uint16_t *a_k = a.data + k * a.step, *b_k = b.data + k * b.step;
-    load_a_tiles(a_k, a.half);
-    if constexpr (kTerms == 2) {
-      load_b_tiles(b_k + b.term, b.half);
-      multiply_tiles();
-    }
-    load_b_tiles(b_k, b.half);
-    multiply_tiles();
-    if constexpr (kTerms == 2) {
-      load_a_tiles(a_k + a.term, a.half);
-      multiply_tiles();
+#pragma GCC unroll 3
+    for (int t = 0; t < kTerms; ++t) {  // u runs down and up again, so that B stays for two products where it can
+      load_a_tiles(a_k + t * a.term, a.half);
+#pragma GCC unroll 3
+      for (int i = 0; i < kTerms - t; ++i) {
+        const int u = t % 2 == 0 ? kTerms - t - 1 - i : i;
+        if (t % 2 == 0 || i > 0) load_b_tiles(b_k + u * b.term, b.half);
+        multiply_tiles();
+      }
     }
   }
   _tile_stored(0, c, kTileStride);
@@ -108,8 +107,7 @@ inline void multiply_amx(const Bf16Operand& a, const Bf16Operand& b, int64_t ste
 
 /// The same with dot-product instructions: 8 rows × 32 columns at a time in registers.
 template <int kTerms, bool kAccumulate>
-inline void multiply_avx512_bf16(const Bf16Operand& a, const Bf16Operand& b, int64_t steps,
-                                                     float* c, int64_t c_half) {
+inline void multiply_avx512_bf16(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
   for (int64_t row = 0; row < 32; row += 8) {
     __m512 acc[8][2];
     float* c_row = c + row * 16;
@@ -120,9 +118,8 @@ inline void multiply_avx512_bf16(const Bf16Operand& a, const Bf16Operand& b, int
         acc[r][v] = kAccumulate ? _mm512_loadu_ps(c_row + r * 16 + v * c_half) : _mm512_setzero_ps();
     const uint16_t* a_row = a.data + (row / 16) * a.half + (row % 16) * 32;
     for (int64_t k = 0; k < steps; ++k)
-      for (int term = 0; term < (kTerms == 2 ? 3 : 1); ++term) {  // hi·hi, hi·lo, lo·hi
-        const uint16_t* a_k = a_row + k * a.step + (term == 2 ? a.term : 0);
-        const uint16_t* b_k = b.data + k * b.step + (term == 1 ? b.term : 0);
+      for (int t = 0, u = 0; t < kTerms; u + 1 < kTerms - t ? ++u : (++t, u = 0)) {
+        const uint16_t *a_k = a_row + k * a.step + t * a.term, *b_k = b.data + k * b.step + u * b.term;
         for (int pair = 0; pair < 16; ++pair) {
           const auto b0 = (__m512bh)_mm512_loadu_si512(b_k + pair * 32);
           const auto b1 = (__m512bh)_mm512_loadu_si512(b_k + b.half + pair * 32);
@@ -153,8 +150,8 @@ inline void transpose_block(const void* from, void* to) {
   for (int step = 8; step > 0; step /= 2) {
     const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
     const __m512i first = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - step));
-    const __m512i second = _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(step)), upper, lane,
-                                                 _mm512_set1_epi32(16));
+    const __m512i second =
+        _mm512_mask_add_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(step)), upper, lane, _mm512_set1_epi32(16));
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) {
       if (i & step) continue;
@@ -168,19 +165,19 @@ inline void transpose_block(const void* from, void* to) {
 }
 
 /// Two rows of 16 → 32 bfloat16, nearest even: first[0], first[1], … second[15].
-inline __m512i to_bf16(__m512 first, __m512 second) {
-  return (__m512i)_mm512_cvtne2ps_pbh(second, first);
-}
+inline __m512i to_bf16(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 
 /// first[0], second[0], first[1], second[1], …: what operand B wants of two rows k.
 inline __m512i interleave(__m512i first_then_second) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  return _mm512_permutexvar_epi16(_mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16)),
-                                  first_then_second);
+  return _mm512_permutexvar_epi16(
+      _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16)), first_then_second);
 }
 
 /// The two rows back in float32.
-inline __m512 first_of(__m512i v) { return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16); }
+inline __m512 first_of(__m512i v) {
+  return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(v)), 16);
+}
 inline __m512 second_of(__m512i v) {
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16);
 }

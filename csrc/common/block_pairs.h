@@ -6,12 +6,12 @@
 namespace sslfast {
 namespace CPU_CAPABILITY {
 
-/// Calls visit(i, j) once for each 0 ≤ i ≤ j < blocks. Calls that run at the same time never share a block, and the calls
-/// that touch one block come in an order that depends on `blocks` alone: what visit() adds to its two blocks needs no
-/// atomics and is the same to the bit on any number of threads.
+/// Calls visit(i, j) once for each 0 ≤ i ≤ j < blocks. Calls that run at the same time never share a block, and the
+/// calls that touch one block come in an order that depends on `blocks` alone: what visit() adds to its two blocks
+/// needs no atomics and is the same to the bit on any number of threads.
 ///
-/// The schedule is a round-robin tournament (the circle method): block n−1 stays, the others turn by one place each round
-/// and the pairs that face each other play, n/2 disjoint pairs in each of n−1 rounds.
+/// The schedule is a round-robin tournament (the circle method): block n−1 stays, the others turn by one place each
+/// round and the pairs that face each other play, n/2 disjoint pairs in each of n−1 rounds.
 template <typename Visit>
 void for_each_block_pair(int64_t blocks, const Visit& visit) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

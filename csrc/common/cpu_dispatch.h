@@ -1,9 +1,10 @@
 // Run-time choice of the instruction set, the way PyTorch does it: every csrc/ops/cpu/*_kernel.cpp is compiled once per
-// CpuCapability with CPU_CAPABILITY naming a namespace, and the tensor side calls the best copy that the machine can run.
+// CpuCapability with CPU_CAPABILITY naming a namespace, and the tensor side calls the best copy that the machine can
+// run.
 //
 //   op.h:          SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_cpu, InfoNceForwardParams)
-//   op_kernel.cpp: namespace sslfast::CPU_CAPABILITY { void launch_info_nce_forward_cpu(const InfoNceForwardParams& p) {…} }
-//   op.cpp:        SSLFAST_CPU_DISPATCH(launch_info_nce_forward_cpu, params);
+//   op_kernel.cpp: namespace sslfast::CPU_CAPABILITY { void launch_info_nce_forward_cpu(const InfoNceForwardParams& p)
+//   {…} } op.cpp:        SSLFAST_CPU_DISPATCH(launch_info_nce_forward_cpu, params);
 #pragma once
 
 #include <string>
@@ -18,7 +19,8 @@ enum class CpuCapability { Default = 0, Avx2 = 1, Avx512 = 2, Avx512Bf16 = 3, Am
 /// set_cpu_capability() asked for.
 CpuCapability cpu_capability();
 
-/// "default", "avx2", "avx512", "avx512_bf16" or "amx"; throws std::invalid_argument on another name or one that this machine cannot run.
+/// "default", "avx2", "avx512", "avx512_bf16" or "amx"; throws std::invalid_argument on another name or one that this
+/// machine cannot run.
 void set_cpu_capability(const std::string& name);
 std::string cpu_capability_name();
 std::vector<std::string> available_cpu_capabilities();
@@ -36,18 +38,18 @@ std::vector<std::string> available_cpu_capabilities();
   namespace AVX512 {                               \
   void name(const Params&);                        \
   }
-#define SSLFAST_CPU_DISPATCH(name, params)              \
-  switch (::sslfast::cpu_capability()) {                \
-    case ::sslfast::CpuCapability::Amx:                 \
-    case ::sslfast::CpuCapability::Avx512Bf16:          \
-    case ::sslfast::CpuCapability::Avx512:              \
-      ::sslfast::AVX512::name(params);                  \
-      break;                                            \
-    case ::sslfast::CpuCapability::Avx2:                \
-      ::sslfast::AVX2::name(params);                    \
-      break;                                            \
-    default:                                            \
-      ::sslfast::DEFAULT::name(params);                 \
+#define SSLFAST_CPU_DISPATCH(name, params)     \
+  switch (::sslfast::cpu_capability()) {       \
+    case ::sslfast::CpuCapability::Amx:        \
+    case ::sslfast::CpuCapability::Avx512Bf16: \
+    case ::sslfast::CpuCapability::Avx512:     \
+      ::sslfast::AVX512::name(params);         \
+      break;                                   \
+    case ::sslfast::CpuCapability::Avx2:       \
+      ::sslfast::AVX2::name(params);           \
+      break;                                   \
+    default:                                   \
+      ::sslfast::DEFAULT::name(params);        \
   }
 #else
 #define SSLFAST_DECLARE_CPU_LAUNCHER(name, Params) \

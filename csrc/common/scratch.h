@@ -13,8 +13,8 @@ namespace sslfast {
 ///   scratch.allocate();
 ///   params.rows = scratch.at(rows);
 ///
-/// The buffer stays with the calling thread for its next call as long as it is at most 32 MiB: fresh pages would cost a small
-/// problem more than its arithmetic (batch 256, dim 128, backward: 0.61 ms with fresh pages, 0.26 ms without).
+/// The buffer stays with the calling thread for its next call as long as it is at most 32 MiB: fresh pages would cost a
+/// small problem more than its arithmetic (batch 256, dim 128, backward: 0.61 ms with fresh pages, 0.26 ms without).
 class Scratch {
  public:
   struct Offset {

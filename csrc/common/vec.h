@@ -64,11 +64,11 @@ inline __attribute__((always_inline)) T sum_lanes(Vec<T> v) {
   return lane[0];
 }
 
-/// exp(x) for x up to about 80 (the losses call it with x ≤ 0), to about 1 ulp; NaN stays NaN. Where exp(x) would be smaller
-/// than the smallest normal number, that number is the result.
+/// exp(x) for x up to about 80 (the losses call it with x ≤ 0), to about 1 ulp; NaN stays NaN. Where exp(x) would be
+/// smaller than the smallest normal number, that number is the result.
 ///
-/// x = n·ln2 + r with an integer n and |r| ≤ ln2/2, exp(x) = 2ⁿ·exp(r), exp(r) by a polynomial. Adding `magic` rounds to
-/// an integer and leaves n + exponent bias in the low bits, where a shift makes 2ⁿ of it.
+/// x = n·ln2 + r with an integer n and |r| ≤ ln2/2, exp(x) = 2ⁿ·exp(r), exp(r) by a polynomial. Adding `magic` rounds
+/// to an integer and leaves n + exponent bias in the low bits, where a shift makes 2ⁿ of it.
 inline __attribute__((always_inline)) Vec<float> vec_exp(Vec<float> x) {
   constexpr float kMagic = 12582912.0f + 127.0f;
   x = x < -87.3f ? broadcast(-87.3f) : x;

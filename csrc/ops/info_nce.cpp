@@ -40,7 +40,8 @@ struct Problem {
     const auto capability = cpu_capability();
     bf16_products = scale <= kInfoNceBoundedScale &&
                     (dtype == at::kBFloat16 ? capability >= CpuCapability::Avx512Bf16
-                                            : dtype != at::kDouble && capability >= CpuCapability::Amx);
+                                            : dtype != at::kDouble && capability >= CpuCapability::Amx &&
+                                                  padded_rows >= kInfoNceSplitRows);
     acc = z1.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat).requires_grad(false);
     acc_bytes = dtype == at::kDouble ? 8 : 4;
   }
@@ -59,12 +60,14 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
                                                     const at::Tensor& temperature, const std::string& reduction) {
   const Problem problem(z1, z2, temperature);
   check_reduction(reduction);
-  const auto loss = at::empty({2 * problem.batch}, problem.acc), lse = at::empty({2 * problem.batch}, problem.acc);
+  const auto loss = at::empty({2 * problem.batch}, problem.acc);
+  const auto lse = at::empty({2 * problem.batch}, problem.acc.dtype(at::kDouble));
   Scratch scratch;
-  const auto rows = scratch.reserve_bytes(2 * problem.elements * problem.acc_bytes);
+  const auto rows = scratch.reserve_bytes((problem.bf16_products ? 3 : 2) * problem.elements * problem.acc_bytes);
   const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto max = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto positive = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto sum = scratch.reserve<double>(problem.padded_rows);
   scratch.allocate();
 
@@ -79,9 +82,10 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
   params.row_scratch = scratch.at(row_scratch);
   params.inv_norm = scratch.at(inv_norm);
   params.max = scratch.at(max);
+  params.positive = scratch.at(positive);
   params.sum = scratch.at<double>(sum);
   params.loss = loss.data_ptr();
-  params.lse = lse.data_ptr();
+  params.lse = lse.data_ptr<double>();
   if (problem.bf16_products) {
     SSLFAST_CPU_DISPATCH(launch_info_nce_forward_bf16_cpu, params);
   } else {
@@ -105,24 +109,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   const Problem problem(z1, z2, temperature);
   check_reduction(reduction);
   const int64_t row_count = 2 * problem.batch;
-  TORCH_CHECK_VALUE(lse.dim() == 1 && lse.size(0) == row_count && lse.scalar_type() == problem.acc.dtype(),
-                    "lse: expected the second result of info_nce_forward, ", problem.acc.dtype(), " of shape [",
-                    row_count, "], got ", lse.scalar_type(), " of shape ", lse.sizes());
+  TORCH_CHECK_VALUE(lse.dim() == 1 && lse.size(0) == row_count && lse.scalar_type() == at::kDouble,
+                    "lse: expected the second result of info_nce_forward, float64 of shape [", row_count, "], got ",
+                    lse.scalar_type(), " of shape ", lse.sizes());
   TORCH_CHECK_VALUE(grad_loss.numel() == (reduction == "none" ? row_count : 1),
                     "grad_loss: expected the shape of the loss, got ", grad_loss.sizes());
-  const auto lse_acc = lse.contiguous(), grad_acc = grad_loss.to(problem.acc).contiguous();
+  const auto lse_rows = lse.contiguous(), grad_acc = grad_loss.to(problem.acc).contiguous();
   const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
   const auto grad_temperature = at::empty({}, problem.acc.dtype(at::kDouble));
-  const int64_t forms = problem.bf16_products ? 2 : 1;
   const int64_t block = problem.bf16_products ? info_nce_bf16_block_rows(row_count) : info_nce_block_rows(row_count);
   const int64_t tile_bytes = problem.bf16_products ? 8 * block * block : block * block * problem.acc_bytes;
   Scratch scratch;
-  const auto rows = scratch.reserve_bytes(2 * forms * problem.elements * problem.acc_bytes);
-  const auto grad_rows = scratch.reserve_bytes(forms * problem.elements * problem.acc_bytes);
+  const auto rows = scratch.reserve_bytes((problem.bf16_products ? 5 : 2) * problem.elements * problem.acc_bytes);
+  const auto grad_rows = scratch.reserve_bytes((problem.bf16_products ? 2 : 1) * problem.elements * problem.acc_bytes);
   const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto shift = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto factor = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
+  const auto weight = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto row_dot = scratch.reserve<double>(problem.padded_rows);
   const auto tiles = scratch.reserve_bytes(at::get_num_threads() * tile_bytes);
   scratch.allocate();
@@ -134,7 +138,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   params.z1 = problem.z1.const_data_ptr();
   params.z2 = problem.z2.const_data_ptr();
   params.scale = problem.scale;
-  params.lse = lse_acc.const_data_ptr();
+  params.lse = lse_rows.const_data_ptr<double>();
   params.grad_loss = grad_acc.const_data_ptr();
   params.grad_loss_stride = reduction == "none" ? 1 : 0;
   params.grad_loss_factor = reduction == "mean" ? 1.0 / static_cast<double>(row_count) : 1.0;
@@ -143,6 +147,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   params.inv_norm = scratch.at(inv_norm);
   params.shift = scratch.at(shift);
   params.factor = scratch.at(factor);
+  params.weight = scratch.at(weight);
   params.grad_rows = scratch.at(grad_rows);
   params.tiles = scratch.at(tiles);
   params.row_dot = scratch.at<double>(row_dot);

@@ -7,7 +7,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_plain_eager(*tensors: Tensor) -> bool:
-    """True where nothing but autograd watches the call: no tracing, no tensor subclass, no dispatch mode, no transform."""
+    """True where nothing but autograd watches the call: no tracing, tensor subclass, dispatch mode or transform."""
     return (
         not torch.compiler.is_compiling()
         and all(type(t) in _PLAIN for t in tensors)

@@ -1,20 +1,18 @@
 // NT-Xent on the CPU, forward and backward; csrc/ops/info_nce.h has the formulas.
 //
-// c = Ẑ·Ẑᵀ is symmetric, so only tiles on and above the diagonal are computed. One tile of exp(s·c) serves the row sums of
-// both its row blocks (forward), and one tile of G serves the gradient of both (backward):
+// c = Ẑ·Ẑᵀ is symmetric, so only tiles on and above the diagonal are computed. One tile of exp(s·c) serves the row sums
+// of both its row blocks (forward), and one tile of G serves the gradient of both (backward):
 //
 //   arithmetic   forward ½, backward ½ + 1 matrix products of (2B)²·D: 2 where the textbook form takes 3
 //   memory       O(B·D): no (2B)² matrix; a tile of at most 128×128 lives in the L2 cache of its thread
 //
-// Layout. "Panels" are columns in groups of kPanel: element (row, col) of a matrix is at [col / kPanel][row][col % kPanel].
-// ẑ is held in panels (`rows`), and once more transposed (`columns`): [row / kPanel][col][row % kPanel]. In this layout all
-// three products run through one register kernel, whose operand B and result C are contiguous:
+// Layout. "Panels" are columns in groups of kPanel: element (row, col) of a matrix is at [col / kPanel][row][col %
+// kPanel]. ẑ is held in panels (`rows`), and once more transposed (`columns`): [row / kPanel][col][row % kPanel]. In
+// this layout all three products run through one register kernel, whose operand B and result C are contiguous:
 //
 //   c_IJ = Ẑ_I·Ẑ_Jᵀ       A = rows, B = columns
 //   dẐ_I += G·Ẑ_J         A = G,    B = rows
 //   dẐ_J += Gᵀ·Ẑ_I        A = Gᵀ,   B = rows     (A transposed is another stride, not a copy)
-#include "csrc/ops/info_nce.h"
-
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -23,6 +21,7 @@
 
 #include "csrc/common/block_pairs.h"
 #include "csrc/common/vec.h"
+#include "csrc/ops/info_nce.h"
 
 #define SSLFAST_INLINE inline __attribute__((always_inline))
 
@@ -104,7 +103,6 @@ struct Rows {
   int64_t end(int64_t b) const { return (b + 1) * block < padded ? (b + 1) * block : padded; }
   T* row_panel(int64_t panel, int64_t row) const { return rows + (panel * padded + row) * kPanel; }
   T* column_panel(int64_t row) const { return columns + row * dim_panels * kPanel; }  // row: a multiple of kPanel
-  int64_t positive(int64_t row) const { return row < count / 2 ? row + count / 2 : row - count / 2; }
 
   /// c[strip of kStrip rows][kPanel columns] = ⟨ẑ_row, ẑ_col⟩
   SSLFAST_INLINE void similarities(int64_t row, int64_t col, T* c) const {
@@ -152,8 +150,22 @@ void normalize_rows(const Rows<T>& z, const Z* z1, const Z* z2, int64_t batch, i
 template <typename T>
 void exclude(T* e, int64_t row, int64_t col, int64_t count) {
   for (int64_t r = 0; r < kStrip; ++r)
+    if (row + r >= col && row + r < col + kPanel) e[r * kPanel + row + r - col] = 0;
+  if (row + kStrip <= count && col + kPanel <= count) return;
+  for (int64_t r = 0; r < kStrip; ++r)
     for (int64_t k = 0; k < kPanel; ++k)
-      if (row + r == col + k || row + r >= count || col + k >= count) e[r * kPanel + k] = 0;
+      if (row + r >= count || col + k >= count) e[r * kPanel + k] = 0;
+}
+
+/// Calls visit(r, k) for the elements of a strip that pair a row with its positive.
+template <typename T, typename Visit>
+SSLFAST_INLINE void for_each_positive(const Rows<T>& z, int64_t row, int64_t col, const Visit& visit) {
+  const int64_t batch = z.count / 2;
+  if (std::abs(std::abs(row - col) - batch) >= kPanel) return;
+  for (int64_t r = 0; r < kStrip && row + r < z.count; ++r) {
+    const int64_t k = (row + r < batch ? row + r + batch : row + r - batch) - col;
+    if (k >= 0 && k < kPanel) visit(r, k);
+  }
 }
 
 template <typename T>
@@ -191,10 +203,11 @@ SSLFAST_INLINE void exp_strip(const T* c, T scale, const T* shift, T* e) {
     }
 }
 
-/// sum[row] += Σ exp(s·c − max[row]) over the columns of tile (i, j), and for i ≠ j the same for its columns. If bounded,
-/// max is the same for all rows, and so is the exp.
+/// sum[row] += Σ exp(s·c − max[row]) over the columns of tile (i, j), and for i ≠ j the same for its columns. If
+/// bounded, max is the same for all rows, and so is the exp. positive[row] = c of the row and its positive, from here
+/// and not from a product of its own, so that its rounding error is the same in lse and beside it.
 template <bool kBounded, typename T>
-void add_tile_sums(const Rows<T>& z, T scale, const T* max, double* sum, int64_t i, int64_t j) {
+void add_tile_sums(const Rows<T>& z, T scale, const T* max, double* sum, T* positive, int64_t i, int64_t j) {
   const bool edge = touches_edge(z, i, j);
   alignas(64) T row_sum[kMaxBlock * kLanes<T>] = {};  // a vector of partial sums for each row of block i
   for (int64_t col = z.begin(j); col < z.end(j); col += kPanel) {
@@ -203,6 +216,8 @@ void add_tile_sums(const Rows<T>& z, T scale, const T* max, double* sum, int64_t
       alignas(64) T e[kStrip * kPanel];
       alignas(64) T e_by_column[kBounded ? 1 : kStrip * kPanel];
       z.similarities(row, col, e);
+      for_each_positive(z, row, col,
+                        [&](int64_t r, int64_t k) { positive[row + r] = positive[col + k] = e[r * kPanel + k]; });
       if (!kBounded) exp_strip<true>(e, scale, max + col, e_by_column);
       exp_strip<false>(e, scale, max + row, e);
       if (edge) {
@@ -228,7 +243,7 @@ template <typename Z, typename T>
 void info_nce_forward_kernel(const InfoNceForwardParams& p) {
   const Rows<T> z(p.batch, p.dim, p.rows, p.inv_norm);
   const T scale = static_cast<T>(p.scale);
-  T* max = static_cast<T*>(p.max);
+  T *max = static_cast<T*>(p.max), *positive = static_cast<T*>(p.positive);
   normalize_rows(z, static_cast<const Z*>(p.z1), static_cast<const Z*>(p.z2), p.batch, p.dim);
 
   const bool bounded = p.scale <= kInfoNceBoundedScale;
@@ -237,29 +252,30 @@ void info_nce_forward_kernel(const InfoNceForwardParams& p) {
   if (!bounded) row_maxima(z, scale, max);
   for_each_block_pair(z.blocks, [&](int64_t i, int64_t j) {
     if (bounded)
-      add_tile_sums<true>(z, scale, max, p.sum, i, j);
+      add_tile_sums<true>(z, scale, max, p.sum, positive, i, j);
     else
-      add_tile_sums<false>(z, scale, max, p.sum, i, j);
+      add_tile_sums<false>(z, scale, max, p.sum, positive, i, j);
   });
 
   at::parallel_for(0, z.count, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const double lse = max[row] + std::log(p.sum[row]);
-      static_cast<T*>(p.lse)[row] = static_cast<T>(lse);
-      static_cast<T*>(p.loss)[row] = static_cast<T>(lse - p.scale * z.dot(row, z.positive(row)));
+      p.lse[row] = lse;
+      static_cast<T*>(p.loss)[row] = static_cast<T>(lse - p.scale * positive[row]);
     }
   });
 }
 
-/// What turns a similarity into an element of G = s·(w_i·P_ij + w_j·P_ji).
+/// What turns a similarity into an element of G.
 template <typename T>
 struct Weights {
   T scale;
   bool bounded;
-  T* shift;   // [padded]: bounded: s for all;                lse_i otherwise
-  T* factor;  // [padded]: bounded: s·w_i·exp(s − lse_i);     s·w_i otherwise. 0 for padded rows
+  T* shift;   // [padded]: bounded: s for all; otherwise lse_i
+  T* factor;  // [padded]: s·w_i·exp(shift_i − lse_i), which also makes up for the rounding of shift; 0 for padded rows
+  T* weight;  // [padded]: s·w_i
 
-  /// c → G in place. Bounded: exp(s·c − s)·(factor_i + factor_j), one exp for both directions.
+  /// c → s·(w_i·P_ij + w_j·P_ji) in place. Bounded: exp(s·c − s)·(factor_i + factor_j), one exp for both directions.
   SSLFAST_INLINE void apply(T* c, int64_t row, int64_t col) const {
     if (bounded) {
       exp_strip<false>(c, scale, shift + row, c);
@@ -272,13 +288,14 @@ struct Weights {
       exp_strip<false>(c, scale, shift + row, c);
       for (int64_t r = 0; r < kStrip; ++r)
         for (int64_t k = 0; k < kPanel; k += kLanes<T>)
-          store(c + r * kPanel + k, load(c + r * kPanel + k) * factor[row + r] +
-                                        load(by_column + r * kPanel + k) * load(factor + col + k));
+          store(c + r * kPanel + k,
+                load(c + r * kPanel + k) * factor[row + r] + load(by_column + r * kPanel + k) * load(factor + col + k));
     }
   }
 };
 
-/// grad[I] += G·Ẑ_J and, for i ≠ j, grad[J] += Gᵀ·Ẑ_I. grad is laid out as z.rows; g is scratch for the tile, in panels.
+/// grad[I] += G·Ẑ_J and, for i ≠ j, grad[J] += Gᵀ·Ẑ_I. grad is laid out as z.rows; g is scratch for the tile, in
+/// panels.
 template <typename T>
 void add_tile_gradient(const Rows<T>& z, const Weights<T>& weights, T* g, T* grad, int64_t i, int64_t j) {
   const int64_t rows = z.end(i) - z.begin(i), cols = z.end(j) - z.begin(j);
@@ -288,6 +305,9 @@ void add_tile_gradient(const Rows<T>& z, const Weights<T>& weights, T* g, T* gra
       T* c = g + col * rows + row * kPanel;
       z.similarities(z.begin(i) + row, z.begin(j) + col, c);
       weights.apply(c, z.begin(i) + row, z.begin(j) + col);
+      for_each_positive(z, z.begin(i) + row, z.begin(j) + col, [&](int64_t r, int64_t k) {
+        c[r * kPanel + k] -= weights.weight[z.begin(i) + row + r] + weights.weight[z.begin(j) + col + k];
+      });
       if (edge) exclude(c, z.begin(i) + row, z.begin(j) + col, z.count);
     }
   for (int64_t p = 0; p < z.dim_panels; ++p) {
@@ -298,29 +318,23 @@ void add_tile_gradient(const Rows<T>& z, const Weights<T>& weights, T* g, T* gra
     if (i == j) continue;
     for (int64_t col = 0; col < cols; col += kStrip)
       multiply_strip<true, true>(g + col / kPanel * rows * kPanel + col % kPanel, kPanel * kPanel,
-                                 z.row_panel(p, z.begin(i)), rows / kPanel,
-                                 grad_panel + (z.begin(j) + col) * kPanel);
+                                 z.row_panel(p, z.begin(i)), rows / kPanel, grad_panel + (z.begin(j) + col) * kPanel);
   }
 }
 
-/// Adds the positive's part to grad, then writes dz_i = (dẑ_i − ⟨ẑ_i, dẑ_i⟩·ẑ_i)/‖z_i‖ and row_dot[i] = ⟨ẑ_i, dẑ_i⟩.
+/// dz_i = (dẑ_i − ⟨ẑ_i, dẑ_i⟩·ẑ_i)/‖z_i‖ and row_dot[i] = ⟨ẑ_i, dẑ_i⟩.
 template <typename Z, typename T>
-void finish_row(const InfoNceBackwardParams& p, const Rows<T>& z, T* grad, T positive_weight, int64_t row) {
-  const int64_t positive = z.positive(row);
+void finish_row(const InfoNceBackwardParams& p, const Rows<T>& z, const T* grad, int64_t row) {
   Vec<T> sum{};
-  for (int64_t panel = 0; panel < z.dim_panels; ++panel) {
-    T* g = grad + (panel * z.padded + row) * kPanel;
-    for (int64_t k = 0; k < kPanel; k += kLanes<T>) {
-      const Vec<T> value = load(g + k) - positive_weight * load(z.row_panel(panel, positive) + k);
-      store(g + k, value);
-      sum += value * load(z.row_panel(panel, row) + k);
-    }
-  }
+  for (int64_t panel = 0; panel < z.dim_panels; ++panel)
+    for (int64_t k = 0; k < kPanel; k += kLanes<T>)
+      sum += load(grad + (panel * z.padded + row) * kPanel + k) * load(z.row_panel(panel, row) + k);
   const T dot = sum_lanes<T>(sum);
   p.row_dot[row] = dot;
   // A row shorter than eps was divided by eps, a constant: nothing to project out. As torch.nn.functional.normalize.
   const bool tiny = z.inv_norm[row] >= T(1 / kNormEps);
-  Z* out = row < p.batch ? static_cast<Z*>(p.grad_z1) + row * p.dim : static_cast<Z*>(p.grad_z2) + (row - p.batch) * p.dim;
+  Z* out =
+      row < p.batch ? static_cast<Z*>(p.grad_z1) + row * p.dim : static_cast<Z*>(p.grad_z2) + (row - p.batch) * p.dim;
   for (int64_t d = 0; d < p.dim; ++d) {
     const int64_t at = (d / kPanel * z.padded + row) * kPanel + d % kPanel;
     T value = (grad[at] - (tiny ? T(0) : dot * z.rows[at])) * z.inv_norm[row];
@@ -332,21 +346,18 @@ void finish_row(const InfoNceBackwardParams& p, const Rows<T>& z, T* grad, T pos
 template <typename Z, typename T>
 void info_nce_backward_kernel(const InfoNceBackwardParams& p) {
   const Rows<T> z(p.batch, p.dim, p.rows, p.inv_norm);
-  const T* lse = static_cast<const T*>(p.lse);
   const T* grad_loss = static_cast<const T*>(p.grad_loss);
   T* grad = static_cast<T*>(p.grad_rows);
   normalize_rows(z, static_cast<const Z*>(p.z1), static_cast<const Z*>(p.z2), p.batch, p.dim);
 
-  const auto row_weight = [&](int64_t row) {  // s·w_row
-    return p.scale * p.grad_loss_factor * grad_loss[row * p.grad_loss_stride];
-  };
   const Weights<T> weights{static_cast<T>(p.scale), p.scale <= kInfoNceBoundedScale, static_cast<T*>(p.shift),
-                           static_cast<T*>(p.factor)};
+                           static_cast<T*>(p.factor), static_cast<T*>(p.weight)};
   for (int64_t row = 0; row < z.padded; ++row) {
-    weights.shift[row] = weights.bounded || row >= z.count ? weights.scale : lse[row];
-    weights.factor[row] =
-        row >= z.count ? T(0)
-                       : static_cast<T>(row_weight(row) * (weights.bounded ? std::exp(p.scale - lse[row]) : 1.0));
+    const bool real = row < z.count;
+    const double weight = real ? p.scale * p.grad_loss_factor * grad_loss[row * p.grad_loss_stride] : 0.0;
+    weights.weight[row] = static_cast<T>(weight);
+    weights.shift[row] = weights.bounded || !real ? weights.scale : static_cast<T>(p.lse[row]);
+    weights.factor[row] = real ? static_cast<T>(weight * std::exp(weights.shift[row] - p.lse[row])) : T(0);
   }
   at::parallel_for(0, z.padded * z.dim_panels, 512, [&](int64_t begin, int64_t end) {
     std::memset(grad + begin * kPanel, 0, (end - begin) * kPanel * sizeof(T));
@@ -356,8 +367,7 @@ void info_nce_backward_kernel(const InfoNceBackwardParams& p) {
     add_tile_gradient(z, weights, tile, grad, i, j);
   });
   at::parallel_for(0, z.count, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row)
-      finish_row<Z>(p, z, grad, static_cast<T>(row_weight(row) + row_weight(z.positive(row))), row);
+    for (int64_t row = begin; row < end; ++row) finish_row<Z>(p, z, grad, row);
   });
   double sum = 0;
   for (int64_t row = 0; row < z.count; ++row) sum += p.row_dot[row];

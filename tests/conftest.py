@@ -1,0 +1,21 @@
+"""What the tests share. Kernels are tested on every instruction set that this machine has."""
+
+import os
+
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # graphs of another version of an op would be found there
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sslfast import _C  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(params=_C.available_cpu_capabilities())
+def cpu_capability(request):
+    """Runs the test once per instruction set, with the kernels of that set."""
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(request.param)
+    yield request.param
+    _C.set_cpu_capability(before)
