@@ -4,10 +4,10 @@ import os
 
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"  # graphs of another version of an op would be found there
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
-from sslfast import _C  # noqa: E402
+from sslfast import _C
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

@@ -19,8 +19,8 @@ from sslfast.ops import nt_xent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(1, 1), (1, 128), (2, 3), (3, 7), (5, 1), (16, 32), (17, 31), (33, 65), (64, 128), (129, 100), (67, 1030)]
 
-# Relative error of the loss and of the gradients (norm of the difference over norm). Inputs are exact in their dtype and
-# sums are float32, so the loss is as good for bfloat16; gradients are rounded to their dtype, and bfloat16 products round G.
+# Relative error of the loss and of the gradients (norm of the difference over norm). Inputs are exact in their dtype
+# and sums are float32, so the loss is as good for bfloat16; gradients are rounded to their dtype.
 LOSS_TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
 GRAD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
@@ -60,8 +60,8 @@ def test_equals_float64_reference(cpu_capability, dtype, shape, temperature):
     expected, *expected_grads = float64_reference(z1, z2, temperature, grad=grad)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert [g.dtype for g in grads] == [dtype, dtype, torch.float64]
-    # Where the loss is a small difference of large numbers, as at low temperatures, nobody's float32 comes nearer: there
-    # the bound is a few times the error of the reference itself in float32 (float64 for float64).
+    # Where the loss is a small difference of large numbers, as at low temperatures, nobody's float32 comes nearer:
+    # there the bound is a few times the error of the reference itself in float32 (float64 for float64).
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     own, *own_grads = loss_and_grads(reference.info_nce.nt_xent, z1.to(compute), z2.to(compute), temperature, grad=grad)
     assert_near(loss, expected, own, LOSS_TOLERANCE[dtype], 1e-7 / temperature)

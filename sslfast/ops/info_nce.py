@@ -1,4 +1,4 @@
-"""Fused InfoNCE losses. The formulas are in csrc/ops/info_nce.h, and as plain PyTorch in sslfast/reference/info_nce.py."""
+"""Fused InfoNCE losses. The formulas: csrc/ops/info_nce.h, or sslfast/reference/info_nce.py in plain PyTorch."""
 
 import math
 import numbers
