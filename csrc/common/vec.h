@@ -3,6 +3,7 @@
 // AVX-512 code from one text, for float and double alike.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -98,6 +99,14 @@ inline __attribute__((always_inline)) Vec<double> vec_exp(Vec<double> x) {
                                     120.0,       24.0,       6.0,       2.0,      1.0,     1.0};
   for (const double factorial : kFactorials) p = p * r + 1.0 / factorial;
   return p * reinterpret_cast<Vec<double>>(reinterpret_cast<IntVec<double>>(t) << 52);
+}
+
+/// −log softmax of one of the exponentials in `sum` = Σ exp(x − shift). By the rounded exp(x − shift) that is part of
+/// the sum, so that its error cancels and a loss near 0 keeps its digits; by x itself where that underflows.
+template <typename T>
+inline double negative_log_share(double sum, T x, T scale, T shift) {
+  const double e = vec_exp(broadcast(x) * scale - broadcast(shift))[0];
+  return e > 1e-30 ? std::log(sum / e) : std::log(sum) + shift - static_cast<double>(scale) * x;
 }
 
 }  // namespace CPU_CAPABILITY

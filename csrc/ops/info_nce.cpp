@@ -35,8 +35,8 @@ struct Problem {
     dim = z1.size(1);
     padded_rows = round_up(2 * batch, kInfoNcePad);
     elements = padded_rows * padded_dim();
-    scale = 1 / t;
     const auto dtype = z1.scalar_type();
+    scale = dtype == at::kDouble ? 1 / t : static_cast<float>(1 / t);  // the one that the kernels multiply with
     const auto capability = cpu_capability();
     bf16_products = scale <= kInfoNceBoundedScale &&
                     (dtype == at::kBFloat16 ? capability >= CpuCapability::Avx512Bf16

@@ -234,9 +234,9 @@ void info_nce_forward_bf16_kernel(const InfoNceForwardParams& p) {
   for_each_block_pair(z.blocks, [&](int64_t i, int64_t j) { add_tile_sums<Engine>(z, scale, p.sum, positive, i, j); });
   at::parallel_for(0, z.count, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const double lse = scale + std::log(p.sum[row]);
-      p.lse[row] = lse;
-      static_cast<float*>(p.loss)[row] = static_cast<float>(lse - p.scale * positive[row]);
+      p.lse[row] = scale + std::log(p.sum[row]);
+      static_cast<float*>(p.loss)[row] =
+          static_cast<float>(negative_log_share(p.sum[row], positive[row], scale, scale));
     }
   });
 }

@@ -259,9 +259,8 @@ void info_nce_forward_kernel(const InfoNceForwardParams& p) {
 
   at::parallel_for(0, z.count, 256, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const double lse = max[row] + std::log(p.sum[row]);
-      p.lse[row] = lse;
-      static_cast<T*>(p.loss)[row] = static_cast<T>(lse - p.scale * positive[row]);
+      p.lse[row] = max[row] + std::log(p.sum[row]);
+      static_cast<T*>(p.loss)[row] = static_cast<T>(negative_log_share(p.sum[row], positive[row], scale, max[row]));
     }
   });
 }
