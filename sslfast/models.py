@@ -24,7 +24,7 @@ class SmallEncoder(nn.Module):
     than the whole image: where something is matters in small, centred pictures.
     """
 
-    def __init__(self, in_channels: int, width: int = 64):
+    def __init__(self, in_channels: int, width: int = 48):
         super().__init__()
         self.features = 16 * width
         self.layers = nn.Sequential(

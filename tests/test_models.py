@@ -9,10 +9,10 @@ from sslfast.models import build_encoder, projection_head
 @pytest.mark.parametrize(
     ("name", "channels", "size", "features"),
     [
-        ("small", 1, 16, 1024),
-        ("small", 1, 28, 1024),
-        ("small", 3, 32, 1024),
-        ("small", 3, 64, 1024),
+        ("small", 1, 16, 768),
+        ("small", 1, 28, 768),
+        ("small", 3, 32, 768),
+        ("small", 3, 64, 768),
         ("resnet18-cifar", 3, 32, 512),
         ("resnet18", 1, 64, 512),
         ("resnet50", 3, 64, 2048),

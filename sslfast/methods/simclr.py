@@ -23,6 +23,7 @@ from sslfast.losses import NTXentLoss
 from sslfast.models import EncoderName, build_encoder, projection_head
 from sslfast.training import UserError, checkpoint, data, optimizers
 from sslfast.training.logging import RunLog
+from sslfast.transforms import SimCLRTransform
 
 
 @dataclasses.dataclass
@@ -150,6 +151,17 @@ def train(config: SimCLR) -> Path | None:
     head = projection_head(features, config.head_hidden, config.head_features, config.head_layers)
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device).to(memory_format=torch.channels_last)
     forward = torch.compile(model) if config.compile else model
+    transform = SimCLRTransform(
+        config.size,
+        strength=config.color,
+        blur_p=config.blur,
+        scale=(config.crop_scale, 1.0),
+        flip_p=config.flip,
+        mean=[0.5] * images.channels,
+        std=[0.5] * images.channels,
+        memory_format=torch.channels_last,
+        seed=config.seed,
+    )
     criterion = NTXentLoss(config.temperature)
     groups = optimizers.parameter_groups(model, config.weight_decay)
     optimizer: torch.optim.Optimizer
@@ -186,7 +198,7 @@ def train(config: SimCLR) -> Path | None:
             order = data.epoch_order(len(images), config.seed, epoch)[: steps_per_epoch * config.batch_size]
             rows = order.reshape(steps_per_epoch, config.batch_size)[step % steps_per_epoch :]
             for pixels, ids in data.batches(images, rows, config.workers, corrupt=config.corrupt):
-                views = torch.cat(augment(pixels, ids, epoch, config)).to(device, memory_format=torch.channels_last)
+                views = torch.cat(transform(pixels, ids, epoch)).to(device)
                 warmup_steps = round(config.warmup_epochs * steps_per_epoch)
                 rate = config.lr * config.batch_size / 256
                 rate *= optimizers.warmup_cosine(step, total_steps, warmup_steps)
@@ -227,19 +239,3 @@ def best_precision(device: str) -> Literal["float32", "bfloat16"]:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     features = torch.cpu.get_capabilities() if device == "cpu" else {}
     return "bfloat16" if features.get("amx_bf16") or features.get("avx512_bf16") else "float32"
-
-
-def augment(pixels, ids, epoch: int, config: SimCLR) -> list[torch.Tensor]:
-    """Return two augmented views of a batch, float32 (n, C, size, size) each."""
-    from torchvision.transforms import v2
-
-    chain = v2.Compose(
-        [
-            v2.RandomResizedCrop(config.size, (config.crop_scale, 1.0)),
-            v2.RandomHorizontalFlip(config.flip),
-            v2.ColorJitter(*[0.8 * config.color] * 3, 0.2 * config.color),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize([0.5], [0.5]),
-        ]
-    )
-    return [torch.stack([chain(image) for image in pixels]) for _ in range(2)]
