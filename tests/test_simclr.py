@@ -1,5 +1,6 @@
 """The loop learns, and a run killed at any moment ends as one that never was."""
 
+import dataclasses
 import json
 import random
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import write_jpeg
 
 from sslfast.evaluation.evaluate import evaluate, load_encoder
 from sslfast.methods import simclr
@@ -196,6 +198,37 @@ def test_variants_learn(tmp_path, changes):
     train(small(tmp_path / "run", epochs=2, **changes))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.2
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """48 JPEG files of different sizes in two classes; one is cut short."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = torch.Generator().manual_seed(0)
+    for number in range(48):
+        (folder / "ab"[number % 2]).mkdir(exist_ok=True)
+        coarse = torch.randint(0, 256, (1, 3, 5, 4), generator=generator, dtype=torch.uint8)
+        picture = torch.nn.functional.interpolate(coarse, (30 + number, 60 - number // 2))[0]
+        write_jpeg(picture, str(folder / "ab"[number % 2] / f"{number:02d}.jpg"))
+    broken = folder / "a" / "04.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding")
+def test_image_files_train_whatever_decodes_them_and_a_corrupt_one_is_skipped(photographs, tmp_path, capsys):
+    config = small(tmp_path / "here", data=str(photographs), batch_size=12, epochs=2, size=32, workers=0)
+    train(config)
+    assert "04.jpg" in capsys.readouterr().out
+    train(dataclasses.replace(config, run=str(tmp_path / "workers"), workers=2))
+    assert_same_results(tmp_path / "workers", tmp_path / "here")
+    assert [line["step"] for line in metrics(tmp_path / "here")] == list(range(1, 7))
+
+    with pytest.raises(UserError, match=r"cannot decode .*04.jpg"):
+        train(dataclasses.replace(config, run=str(tmp_path / "strict"), corrupt="stop"))
+
+    results = evaluate(tmp_path / "here", map_samples=10)
+    assert set(results["simclr"]) == {"knn10", "knn200", "linear"}
 
 
 def test_evaluation_of_a_run(finished, capsys):
