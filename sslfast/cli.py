@@ -35,7 +35,7 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written, …
         print(f"sslfast {args[0]}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -102,7 +102,8 @@ def test_linear_probe_ignores_constant_features_and_finds_what_is_separable():
 
 def test_pictures_are_drawn(tmp_path):
     lines = [{"step": s, "epoch": 1 + s // 50, "loss": 5 - s / 100, "lr": 0.1} for s in range(10, 101, 10)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text + '{"step": 110, "epo')  # as a killed run leaves it
     features, labels = clusters(120, seed=7)
     plots.loss_curve(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
     plots.embedding_map(features, labels, list("abcde"), tmp_path / "map.png")

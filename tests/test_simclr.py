@@ -136,7 +136,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
     wait_for_a_step_after(run, 5, child)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[0]
-    assert child.returncode == 0
+    assert child.returncode == 130
     assert f"sslfast simclr --resume {run}" in said
     step = int(re.search(r"stopped at step (\d+) of 33", said)[1])
     assert checkpoint.load(run)[1]["step"] == step

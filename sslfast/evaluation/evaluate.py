@@ -98,8 +98,9 @@ def load_encoder(run: Path | str, trained: bool = True) -> nn.Module:
     It maps images in [-1, 1], (N, C, H, W), to features (N, F).
     """
     config = checkpoint.load_config(Path(run))
-    torch.manual_seed(config["seed"])
-    encoder, _ = build_encoder(config["encoder"], config["channels"])
+    with torch.random.fork_rng():
+        torch.manual_seed(config["seed"])
+        encoder, _ = build_encoder(config["encoder"], config["channels"])
     if trained:
         loaded = checkpoint.load(Path(run))
         if loaded is None:

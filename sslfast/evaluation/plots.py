@@ -15,7 +15,8 @@ RIGHT, WRONG = "#2da44e", "#d1242f"
 
 def loss_curve(metrics: Path, path: Path) -> None:
     """Draw the loss and learning rate of ``metrics.jsonl`` over the epochs."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    text = metrics.read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
     if not lines:
         return
     loss = np.array([line["loss"] for line in lines])

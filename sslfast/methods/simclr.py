@@ -43,8 +43,8 @@ class SimCLR:
     run: str = ""
     """The folder to write; by default runs/simclr-DATA-DATE-TIME."""
     resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --workers, --corrupt, --log-every,
-    --checkpoint-seconds and --evaluate may be changed."""
+    """Continue the run in this folder with its own settings. Of these, --epochs, --device, --workers, --corrupt,
+    --log-every, --checkpoint-seconds and --evaluate may be changed."""
 
     epochs: int = 5
     """How often each image is seen."""
@@ -103,7 +103,8 @@ class SimCLR:
     """Evaluate the encoder when it is trained, as `sslfast evaluate RUN` does."""
 
 
-RESUME_MAY_CHANGE = {"resume", "run", "epochs", "workers", "corrupt", "log_every", "checkpoint_seconds", "evaluate"}
+MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "workers", "corrupt"}
+MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -114,10 +115,12 @@ def main(args: list[str] | None = None) -> None:
         saved = {field.name: settings[field.name] for field in dataclasses.fields(SimCLR)}
         config = tyro.cli(SimCLR, args=args, prog="sslfast simclr", default=SimCLR(**saved))
         for name, old in saved.items():
-            if name not in RESUME_MAY_CHANGE and getattr(config, name) != old:
+            if name not in MAY_CHANGE_ON_RESUME and getattr(config, name) != old:
                 raise UserError(f"--{name.replace('_', '-')} was {old} when {config.resume} began: it cannot change")
     run = train(config)
-    if run and config.evaluate:
+    if run is None:
+        raise SystemExit(130)  # as a shell reports a process that was interrupted
+    if config.evaluate:
         from sslfast.evaluation import evaluate
 
         evaluate.evaluate(run)
@@ -237,5 +240,5 @@ def best_precision(device: str) -> Literal["float32", "bfloat16"]:
     """Return "bfloat16" where it speeds up matrix products, else "float32"."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return "bfloat16" if features.get("amx_bf16") or features.get("avx512_bf16") else "float32"
+    fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if fast else "float32"
