@@ -63,6 +63,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, file
     assert checkpoint.load(tmp_path)[1]["step"] == 2
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_loading_executes_no_code(tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -128,11 +128,14 @@ def main(args: list[str] | None = None) -> None:
 
 def train(config: SimCLR) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
+    check(config)
     images = data.load(config.data, "train", config.data_dir)
     steps_per_epoch = len(images) // config.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
     total_steps = config.epochs * steps_per_epoch
+    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
+    top_rate = config.lr * config.batch_size / 256
 
     if config.resume:
         run = Path(config.resume)
@@ -202,9 +205,7 @@ def train(config: SimCLR) -> Path | None:
             rows = order.reshape(steps_per_epoch, config.batch_size)[step % steps_per_epoch :]
             for pixels, ids in data.batches(images, rows, config.workers, corrupt=config.corrupt):
                 views = torch.cat(transform(pixels, ids, epoch)).to(device)
-                warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-                rate = config.lr * config.batch_size / 256
-                rate *= optimizers.warmup_cosine(step, total_steps, warmup_steps)
+                rate = top_rate * optimizers.warmup_cosine(step, total_steps, warmup_steps)
                 optimizers.set_learning_rate(optimizer, rate)
 
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
@@ -216,24 +217,50 @@ def train(config: SimCLR) -> Path | None:
                 step += 1
 
                 log.progress(len(ids))
-                save_now = stop() or step == total_steps or time.monotonic() - last_save > config.checkpoint_seconds
-                if save_now or step % config.log_every == 0:
+                stopping = stop()
+                save_now = stopping or step == total_steps or time.monotonic() - last_save > config.checkpoint_seconds
+                log_now = step % config.log_every == 0 or step == total_steps
+                if save_now or log_now:
                     value = loss.item()
-                    if not math.isfinite(value):
+                    if not math.isfinite(value) or not all(weight.isfinite().all() for weight in model.parameters()):
                         raise UserError(
-                            f"the loss became {value} at step {step} (epoch {epoch + 1}). Try a lower --lr, a higher "
-                            f"--temperature or --precision float32. {run} keeps the last good checkpoint."
+                            f"the training diverged: at step {step} (epoch {epoch + 1}) the loss is {value}. Try a "
+                            f"lower --lr, a higher --temperature or --precision float32. {run} keeps the last good "
+                            "checkpoint."
                         )
-                    if step % config.log_every == 0 or step == total_steps:
+                    if log_now:
                         log.scalars(step, epoch + 1, loss=value, lr=rate)
                 if save_now:
                     save()
                     last_save = time.monotonic()
-                if stop():
+                if stopping:
                     log.say(f"\nstopped at step {step} of {total_steps}; go on with: sslfast simclr --resume {run}")
                     return None
     print(f"trained: {run}")
     return run
+
+
+def check(config: SimCLR) -> None:
+    """Raise UserError for settings that cannot work, before anything is read or written."""
+    ranges = {
+        "more than 0": (
+            ("epochs", "batch_size", "lr", "temperature", "head_layers", "crop_scale", "log_every"),
+            1e-9,
+            1e9,
+        ),
+        "at least 0": (("momentum", "weight_decay", "warmup_epochs", "color", "workers", "size"), 0, 1e9),
+        "at most 1": (("crop_scale", "flip", "blur"), 0, 1),
+    }
+    for wanted, (names, least, most) in ranges.items():
+        for name in names:
+            if not least <= getattr(config, name) <= most:
+                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)}")
+    if config.encoder == "small" and config.size % 2:
+        raise UserError(f"--size must be even for the small encoder, not {config.size}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16"]:
