@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,7 +117,7 @@ class RandomAugment(nn.Module):
                 f"kernel_size: expected kernel_size // 2 below the size {self.size}, got {self.kernel_size} "
                 "(the blur reflects at the border)"
             )
-        self.applied = {
+        self.applied: dict[str, Any] = {
             "interpolation": interpolation,
             "antialias": antialias,
             "mean": mean,
@@ -144,7 +145,7 @@ class RandomAugment(nn.Module):
         """One (N, C, height, width) tensor a view, made with these parameters."""
         return list(augment(images, params, self.size, kernel_size=self.kernel_size, **self.applied).unbind())
 
-    def forward(self, images, sample_ids=None, epoch: int | None = None) -> list:
+    def forward(self, images, sample_ids=None, epoch: int | None = None) -> list[Any]:
         """One (N, C, height, width) tensor a view.
 
         Args:
@@ -187,8 +188,8 @@ class SimCLRTransform(RandomAugment):
     ):
         if blur_p is None:
             blur_p = 0.5 if max(check_size(size)) > 32 else 0.0
-        jitter = {name: 0.8 * strength for name in ("brightness", "contrast", "saturation")}
-        defaults = {
+        jitter: dict[str, Any] = {name: 0.8 * strength for name in ("brightness", "contrast", "saturation")}
+        defaults: dict[str, Any] = {
             "scale": (0.08, 1.0),
             **jitter,
             "hue": 0.2 * strength,
@@ -208,8 +209,12 @@ class MoCoV1Transform(RandomAugment):
     """
 
     def __init__(self, size: int | tuple[int, int] = 224, **others):
-        jitter = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.4)
-        defaults = {"scale": (0.2, 1.0), "grayscale_p": 0.2, "order": ("grayscale", "jitter", "blur", "solarize")}
+        jitter: dict[str, Any] = dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.4)
+        defaults: dict[str, Any] = {
+            "scale": (0.2, 1.0),
+            "grayscale_p": 0.2,
+            "order": ("grayscale", "jitter", "blur", "solarize"),
+        }
         super().__init__(size, **(defaults | jitter | _IMAGENET | others))
 
 
@@ -222,8 +227,8 @@ class MoCoV2Transform(RandomAugment):
     """
 
     def __init__(self, size: int | tuple[int, int] = 224, **others):
-        jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8}
-        defaults = {"scale": (0.2, 1.0), "grayscale_p": 0.2, "blur_p": 0.5}
+        jitter: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "jitter_p": 0.8}
+        defaults: dict[str, Any] = {"scale": (0.2, 1.0), "grayscale_p": 0.2, "blur_p": 0.5}
         super().__init__(size, **(defaults | jitter | _IMAGENET | others))
 
 
@@ -238,14 +243,15 @@ class MoCoV3Transform(RandomAugment):
     """
 
     def __init__(self, size: int | tuple[int, int] = 224, **others):
-        jitter = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "jitter_p": 0.8}
-        defaults = {"grayscale_p": 0.2, "blur_p": 1.0, "solarize_threshold": 128 / 255}
+        jitter: dict[str, Any] = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1, "jitter_p": 0.8}
+        defaults: dict[str, Any] = {"grayscale_p": 0.2, "blur_p": 1.0, "solarize_threshold": 128 / 255}
         super().__init__(size, **(defaults | jitter | _IMAGENET | others))
-        unlike = {name: value for name, value in {"blur_p": 0.1, "solarize_p": 0.2}.items() if name not in others}
+        second: dict[str, Any] = {"blur_p": 0.1, "solarize_p": 0.2}
+        unlike = {name: value for name, value in second.items() if name not in others}
         self.distributions = (self.distributions[0], dataclasses.replace(self.distributions[0], **unlike))
 
 
-_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "views": 2}
+_IMAGENET: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "views": 2}
 
 
 def _tensor(image) -> Tensor:

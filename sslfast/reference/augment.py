@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -90,7 +92,7 @@ def _solarize(x: Tensor, threshold: float) -> Tensor:
     return torch.where(x >= threshold, 1 - x, x)
 
 
-_STEPS = (
+_STEPS: tuple[tuple[str, Callable[..., Tensor]], ...] = (
     ("brightness", _brightness),
     ("contrast", _contrast),
     ("saturation", _saturation),
