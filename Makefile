@@ -38,7 +38,7 @@ demo: $(READY)
 		$(BIN)/sslfast simclr --data fashion-mnist; \
 	else \
 		echo; echo "Fashion-MNIST could not be had (above); the demo goes on with the digits of scikit-learn."; echo; \
-		$(BIN)/sslfast simclr --data digits --epochs 20; fi
+		$(BIN)/sslfast simclr --data digits --batch-size 128 --epochs 20; fi
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
@@ -61,9 +61,10 @@ format: $(READY)
 # A second copy of the package in build/sanitized, so that the normal build stays as it is.
 test-sanitize: $(READY)
 	SSLFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/sanitized
-	cd tests && PYTHONPATH=$(abspath build/sanitized) LD_PRELOAD=$$(g++ -print-file-name=libasan.so) \
+	cd tests && PYTHONPATH=$(abspath build/sanitized) \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/pytest -p no:cacheprovider -m "not slow" $(ARGS) $(notdir $(wildcard $(patsubst \
+		$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(ARGS) $(notdir $(wildcard $(patsubst \
 		csrc/ops/%.h,tests/test_%.py,$(wildcard csrc/ops/*.h))))
 
 clean:
