@@ -182,7 +182,8 @@ def main(saved: str, folder: str = "") -> None:
         print(f"\n{op}\n\n{text}")
         if not folder:
             readme = ROOT / "README.md"
-            headlines = f"{table(found, headlines_only=True)}\n{provenance(found)}"
+            place = f"benchmarks/results/{op}"
+            headlines = f"{table(found, headlines_only=True)}\n{provenance(found)} [All cases]({place}.md).\n\n![{op}]({place}.png)"
             readme.write_text(replace_between(readme.read_text(), f"table {op}", headlines))
 
 

@@ -21,10 +21,22 @@ pybind11::dict build_info() {
   return info;
 }
 
+/// TORCH_CHECK_VALUE and TORCH_CHECK_TYPE become ValueError and TypeError; before torch 2.14 nobody else does that here.
+void translate_torch_errors(std::exception_ptr error) {
+  try {
+    if (error) std::rethrow_exception(error);
+  } catch (const c10::ValueError& e) {
+    pybind11::set_error(PyExc_ValueError, e.what_without_backtrace());
+  } catch (const c10::TypeError& e) {
+    pybind11::set_error(PyExc_TypeError, e.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   using namespace sslfast;
+  pybind11::register_local_exception_translator(&translate_torch_errors);
   // clang-format off
   m.def("build_info",                 &build_info);
   m.def("cpu_capability",             &cpu_capability_name);
