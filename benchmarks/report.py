@@ -183,8 +183,9 @@ def main(saved: str, folder: str = "") -> None:
         if not folder:
             readme = ROOT / "README.md"
             place = f"benchmarks/results/{op}"
-            headlines = f"{table(found, headlines_only=True)}\n{provenance(found)} [All cases]({place}.md).\n\n![{op}]({place}.png)"
-            readme.write_text(replace_between(readme.read_text(), f"table {op}", headlines))
+            headlines = f"{table(found, headlines_only=True)}\n{provenance(found)} [All cases]({place}.md)."
+            text = replace_between(readme.read_text(), f"table {op}", f"{headlines}\n\n![{op}]({place}.png)")
+            readme.write_text(text)
 
 
 if __name__ == "__main__":

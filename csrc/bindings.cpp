@@ -21,7 +21,8 @@ pybind11::dict build_info() {
   return info;
 }
 
-/// TORCH_CHECK_VALUE and TORCH_CHECK_TYPE become ValueError and TypeError; before torch 2.14 nobody else does that here.
+/// TORCH_CHECK_VALUE and TORCH_CHECK_TYPE become ValueError and TypeError; before torch 2.14 nobody else does that
+/// here.
 void translate_torch_errors(std::exception_ptr error) {
   try {
     if (error) std::rethrow_exception(error);
