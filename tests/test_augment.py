@@ -250,12 +250,13 @@ def test_output_dtype_and_memory_format(channels, dtype, memory_format):
 
 def test_half_conversion_is_torchs_for_every_magnitude():
     """Subnormal, overflowing and tied values too: the normalisation carries them through the output conversion."""
-    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = torch.arange(2048, 4096).view(1, 1, 32, 64) / 4096  # every second one is a tie in float16
     for power in range(-40, 30):
-        arguments = {"mean": [0.3], "std": [2.0**-power]}
-        exact = augment(images, neutral(1, 16, 16), 16, **arguments)
+        arguments = {"mean": [0.0], "std": [2.0**-power]}
+        exact = augment(images, neutral(1, 32, 64), (32, 64), **arguments)
+        assert torch.equal(exact[0], images * 2.0**power)
         for dtype in (torch.float16, torch.bfloat16):
-            out = augment(images, neutral(1, 16, 16), 16, **arguments, dtype=dtype)
+            out = augment(images, neutral(1, 32, 64), (32, 64), **arguments, dtype=dtype)
             assert torch.equal(out, exact.to(dtype)), (power, dtype)
 
 
