@@ -2,6 +2,7 @@
 # make test     all tests                          make build     only install and build
 # make bench    all benchmarks against their peers, or one: make bench OP=info_nce
 # make lint     ruff, clang-format, mypy          make format    what they can repair themselves
+# make test-cuda    on a machine with a GPU: the tests of the CUDA kernels on the device, and what nvcc made of them
 # make test-sanitize    the tests of the ops with AddressSanitizer and UBSan
 # make clean    remove everything that was made here, .venv included
 #
@@ -23,7 +24,7 @@ INSTALLED := $(VENV)/.sslfast-installed
 READY     := $(VENV)/.sslfast-ready
 export PATH := $(BIN):$(PATH)
 
-.PHONY: help build demo test test-sanitize bench lint format clean
+.PHONY: help build demo test test-cuda test-sanitize bench lint format clean
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 
@@ -58,9 +59,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
+test-cuda: $(READY)
+	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("torch finds no CUDA device on this machine")'
+	$(BIN)/python -m sslfast info
+	$(BIN)/python -m pytest tests/test_info_nce_cuda.py tests/test_cuda_build.py $(ARGS)
+
 # A second copy of the package in build/sanitized, so that the normal build stays as it is.
 test-sanitize: $(READY)
-	SSLFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/sanitized
+	SSLFAST_CUDA=off SSLFAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/sanitized
 	cd tests && PYTHONPATH=$(abspath build/sanitized) \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

@@ -5,13 +5,133 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/scratch.h"
+#if defined(SSLFAST_WITH_CUDA)
+#include <ATen/Context.h>
+
+#include "csrc/common/cuda_device.h"
+#include "csrc/ops/cuda/info_nce_kernel.h"
+#endif
 
 namespace sslfast {
 namespace {
 
 int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-/// What forward and backward have in common: checked inputs, sizes and the choice of the kernel.
+void check_inputs(const at::Tensor& z1, const at::Tensor& z2, const at::Tensor& temperature) {
+  check_dim(z1, 2, "z1");
+  check_floating(z1, "z1");
+  check_same(z1, z2, "z1", "z2");
+  TORCH_CHECK_VALUE(z1.numel() > 0, "z1: expected at least one row and one column, got shape ", z1.sizes());
+  TORCH_CHECK_VALUE(temperature.numel() == 1, "temperature: expected one element, got shape ", temperature.sizes());
+}
+
+void check_reduction(const std::string& reduction) {
+  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none",
+                    "reduction: expected 'mean', 'sum' or 'none', got '", reduction, "'");
+}
+
+void check_gradient(const at::Tensor& grad_loss, const at::Tensor& z1, const at::Tensor& lse,
+                    const std::string& reduction) {
+  const int64_t row_count = 2 * z1.size(0);
+  TORCH_CHECK_VALUE(lse.dim() == 1 && lse.size(0) == row_count && lse.scalar_type() == at::kDouble,
+                    "lse: expected the second result of info_nce_forward, float64 of shape [", row_count, "], got ",
+                    lse.scalar_type(), " of shape ", lse.sizes());
+  TORCH_CHECK_VALUE(grad_loss.numel() == (reduction == "none" ? row_count : 1),
+                    "grad_loss: expected the shape of the loss, got ", grad_loss.sizes());
+}
+
+#if defined(SSLFAST_WITH_CUDA)
+InfoNceCudaType cuda_type(const at::Tensor& z) {
+  switch (z.scalar_type()) {
+    case at::kBFloat16:
+      return InfoNceCudaType::bfloat16;
+    case at::kHalf:
+      return InfoNceCudaType::float16;
+    case at::kFloat: {
+      const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+      return precision == at::Float32Precision::TF32 ? InfoNceCudaType::float32_as_tf32 : InfoNceCudaType::float32;
+    }
+    default:
+      TORCH_CHECK_TYPE(false, "z1: expected float32, bfloat16 or float16 on CUDA, got ", z.scalar_type());
+  }
+}
+
+/// What forward and backward have in common on CUDA. Nothing here waits for the device.
+struct CudaProblem {
+  at::Tensor z1, z2, temperature;
+  InfoNceCudaType type;
+  int64_t batch, dim;
+  at::TensorOptions floats;
+  CudaScope scope;
+
+  CudaProblem(const at::Tensor& first, const at::Tensor& second, const at::Tensor& t)
+      : type(cuda_type(first)), batch(first.size(0)), dim(first.size(1)), scope(first) {
+    TORCH_CHECK_VALUE(batch <= kInfoNceCudaMaxBatch && dim <= kInfoNceCudaMaxDim, "z1: expected at most ",
+                      kInfoNceCudaMaxBatch, " rows and ", kInfoNceCudaMaxDim, " columns on CUDA, got shape ",
+                      first.sizes());
+    TORCH_CHECK_VALUE(t.device() == first.device(), "temperature: expected a tensor on ", first.device(),
+                      ", got one on ", t.device());
+    z1 = first.contiguous();
+    z2 = second.contiguous();
+    temperature = t.to(at::kFloat).contiguous();
+    floats = first.options().dtype(at::kFloat).requires_grad(false);
+  }
+
+  at::Tensor workspace(int64_t bytes) const { return at::empty({bytes}, floats.dtype(at::kByte)); }
+  float mean_factor(const std::string& reduction) const {
+    return reduction == "mean" ? static_cast<float>(0.5 / static_cast<double>(batch)) : 1.0f;
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor> forward_cuda(const CudaProblem& problem, const std::string& reduction) {
+  const auto loss = at::empty({2 * problem.batch}, problem.floats), total = at::empty({}, problem.floats);
+  const auto lse = at::empty({2 * problem.batch}, problem.floats.dtype(at::kDouble));
+  const auto workspace = problem.workspace(info_nce_forward_workspace_bytes(problem.type, problem.batch, problem.dim));
+
+  InfoNceForwardCudaParams params{};
+  params.type = problem.type;
+  params.batch = problem.batch;
+  params.dim = problem.dim;
+  params.z1 = problem.z1.const_data_ptr();
+  params.z2 = problem.z2.const_data_ptr();
+  params.temperature = problem.temperature.const_data_ptr<float>();
+  params.workspace = workspace.data_ptr();
+  params.loss = loss.data_ptr<float>();
+  params.lse = lse.data_ptr<double>();
+  params.total = reduction == "none" ? nullptr : total.data_ptr<float>();
+  params.total_factor = problem.mean_factor(reduction);
+  launch_info_nce_forward_cuda(params, problem.scope.stream());
+  return {reduction == "none" ? loss : total, lse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(const CudaProblem& problem, const at::Tensor& grad_loss,
+                                                             const at::Tensor& lse, const std::string& reduction) {
+  const auto lse_rows = lse.contiguous(), grad = grad_loss.to(at::kFloat).contiguous();
+  const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
+  const auto grad_temperature = at::empty({}, problem.floats);
+  const auto workspace = problem.workspace(info_nce_backward_workspace_bytes(problem.type, problem.batch, problem.dim));
+
+  InfoNceBackwardCudaParams params{};
+  params.type = problem.type;
+  params.batch = problem.batch;
+  params.dim = problem.dim;
+  params.z1 = problem.z1.const_data_ptr();
+  params.z2 = problem.z2.const_data_ptr();
+  params.temperature = problem.temperature.const_data_ptr<float>();
+  params.lse = lse_rows.const_data_ptr<double>();
+  params.grad_loss = grad.const_data_ptr<float>();
+  params.grad_loss_stride = reduction == "none" ? 1 : 0;
+  params.grad_loss_factor = problem.mean_factor(reduction);
+  params.workspace = workspace.data_ptr();
+  params.grad_z1 = grad_z1.data_ptr();
+  params.grad_z2 = grad_z2.data_ptr();
+  params.grad_temperature = grad_temperature.data_ptr<float>();
+  launch_info_nce_backward_cuda(params, problem.scope.stream());
+  return {grad_z1, grad_z2, grad_temperature};
+}
+#endif
+
+/// What forward and backward have in common on the CPU: checked inputs, sizes and the choice of the kernel.
 struct Problem {
   at::Tensor z1, z2;
   int64_t batch, dim, padded_rows, elements;  // elements of ẑ with its padding
@@ -21,12 +141,7 @@ struct Problem {
   int64_t acc_bytes;
 
   Problem(const at::Tensor& first, const at::Tensor& second, const at::Tensor& temperature) {
-    check_dim(first, 2, "z1");
-    check_floating(first, "z1");
-    check_same(first, second, "z1", "z2");
-    TORCH_CHECK_VALUE(first.numel() > 0, "z1: expected at least one row and one column, got shape ", first.sizes());
     TORCH_CHECK_VALUE(first.is_cpu(), "z1: expected a CPU tensor, got one on ", first.device());
-    TORCH_CHECK_VALUE(temperature.numel() == 1, "temperature: expected one element, got shape ", temperature.sizes());
     const double t = temperature.item<double>();
     TORCH_CHECK_VALUE(t > 0 && std::isfinite(t), "temperature: expected a positive number, got ", t);
     z1 = first.contiguous();
@@ -49,17 +164,16 @@ struct Problem {
   int64_t padded_dim() const { return round_up(dim, kInfoNcePad); }
 };
 
-void check_reduction(const std::string& reduction) {
-  TORCH_CHECK_VALUE(reduction == "mean" || reduction == "sum" || reduction == "none",
-                    "reduction: expected 'mean', 'sum' or 'none', got '", reduction, "'");
-}
-
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const at::Tensor& z2,
                                                     const at::Tensor& temperature, const std::string& reduction) {
-  const Problem problem(z1, z2, temperature);
+  check_inputs(z1, z2, temperature);
   check_reduction(reduction);
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(z1)) return forward_cuda({z1, z2, temperature}, reduction);
+#endif
+  const Problem problem(z1, z2, temperature);
   const auto loss = at::empty({2 * problem.batch}, problem.acc);
   const auto lse = at::empty({2 * problem.batch}, problem.acc.dtype(at::kDouble));
   Scratch scratch;
@@ -106,14 +220,17 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tensor& grad_loss, const at::Tensor& z1,
                                                                  const at::Tensor& z2, const at::Tensor& temperature,
                                                                  const at::Tensor& lse, const std::string& reduction) {
-  const Problem problem(z1, z2, temperature);
+  check_inputs(z1, z2, temperature);
   check_reduction(reduction);
+  check_gradient(grad_loss, z1, lse, reduction);
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(z1)) {
+    auto [grad_z1, grad_z2, grad_t] = backward_cuda({z1, z2, temperature}, grad_loss, lse, reduction);
+    return {grad_z1, grad_z2, grad_t.reshape(temperature.sizes()).to(temperature.scalar_type())};
+  }
+#endif
+  const Problem problem(z1, z2, temperature);
   const int64_t row_count = 2 * problem.batch;
-  TORCH_CHECK_VALUE(lse.dim() == 1 && lse.size(0) == row_count && lse.scalar_type() == at::kDouble,
-                    "lse: expected the second result of info_nce_forward, float64 of shape [", row_count, "], got ",
-                    lse.scalar_type(), " of shape ", lse.sizes());
-  TORCH_CHECK_VALUE(grad_loss.numel() == (reduction == "none" ? row_count : 1),
-                    "grad_loss: expected the shape of the loss, got ", grad_loss.sizes());
   const auto lse_rows = lse.contiguous(), grad_acc = grad_loss.to(problem.acc).contiguous();
   const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
   const auto grad_temperature = at::empty({}, problem.acc.dtype(at::kDouble));

@@ -10,6 +10,8 @@ from sslfast import _C, reference
 from sslfast.ops._eager import is_plain_eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+_CUDA_MAX_DIM = 4096  # kInfoNceCudaMaxDim
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -23,7 +25,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     Args:
         z1, z2: (batch, dim) with batch ≥ 1 and dim ≥ 1, both of one dtype (float32, bfloat16, float16, or float64 on
             the CPU) and device. Sums and softmax statistics are float32 (float64 for float64).
-        temperature: positive number, or a tensor with one element, which gets a gradient.
+        temperature: positive number, or a tensor with one element, which gets a gradient. On a GPU the value of a
+            tensor is not checked, since that would wait for the device.
         reduction: "mean" over the 2·batch rows, "sum", or "none".
 
     Returns:
@@ -40,10 +43,11 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
     """
     _check(z1, z2, temperature, reduction)
-    if z1.device.type != "cpu":
+    if not _has_kernel(z1):
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
-    if not isinstance(temperature, Tensor):
-        temperature = torch.tensor(temperature, dtype=torch.float64)
+    if not isinstance(temperature, Tensor):  # on a GPU full() is a kernel, where tensor() would wait for a copy
+        temperature = torch.full((), temperature, dtype=torch.float64, device=z1.device)
+    temperature = temperature.to(z1.device)
     if is_plain_eager(z1, z2, temperature):
         return _NTXent.apply(z1, z2, temperature, reduction)
     return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
@@ -80,11 +84,16 @@ def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str) 
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
 
+def _has_kernel(z: Tensor) -> bool:
+    on_cuda = "cuda" in _DEVICES and z.device.type == "cuda" and z.dtype != torch.float64
+    return z.device.type == "cpu" or (on_cuda and z.shape[1] <= _CUDA_MAX_DIM)
+
+
 def _loss_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("sslfast::info_nce_forward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sslfast::info_nce_forward", mutates_args=(), device_types=_DEVICES)
 def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     return _C.info_nce_forward(z1, z2, temperature, reduction)
 
@@ -95,7 +104,7 @@ def _(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tens
     return (rows if reduction == "none" else rows.new_empty(())), rows.new_empty(rows.shape, dtype=torch.float64)
 
 
-@torch.library.custom_op("sslfast::info_nce_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sslfast::info_nce_backward", mutates_args=(), device_types=_DEVICES)
 def _backward(
     grad_loss: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, lse: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:

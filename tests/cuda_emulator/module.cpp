@@ -1,0 +1,91 @@
+// sslfast_emulated: the ops of sslfast._C with their CUDA kernels run by the emulator, on CPU tensors; and what tests
+// ask of the emulator itself.
+#include <c10/core/CPUAllocator.h>
+#include <torch/extension.h>
+
+#include "csrc/ops/info_nce.h"
+#include "tests/cuda_emulator/emulator.h"
+#include "tests/cuda_emulator/faulty_kernels.h"
+
+namespace {
+
+struct DeviceAllocator : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* p = cuda_emulator::device_allocate(bytes);
+    return {p, p, &cuda_emulator::device_free, at::kCPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &cuda_emulator::device_free; }
+  void copy_data(void* target, const void* source, size_t bytes) const override { std::memcpy(target, source, bytes); }
+};
+
+/// While it lives, every new CPU tensor is device memory of the emulator: between unmapped pages and full of NaN.
+class DeviceScope {
+ public:
+  DeviceScope() : previous_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(&allocator_); }
+  ~DeviceScope() { c10::SetCPUAllocator(previous_); }
+
+ private:
+  inline static DeviceAllocator allocator_;
+  c10::Allocator* previous_;
+};
+
+at::Tensor to_device(const at::Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); }
+template <typename T>
+const T& to_device(const T& value) {
+  return value;
+}
+
+/// fn with its tensors in device memory.
+template <typename Result, typename... Args>
+auto on_device(Result (*fn)(Args...)) {
+  return [fn](const std::decay_t<Args>&... args) -> Result {
+    const DeviceScope scope;
+    return fn(to_device(args)...);
+  };
+}
+
+pybind11::dict counters() {
+  pybind11::dict result;
+  for (const auto& [name, c] : cuda_emulator::counters()) {
+    pybind11::dict d;
+    d["launches"] = c.launches;
+    d["read_bytes"] = c.read_bytes;
+    d["written_bytes"] = c.written_bytes;
+    d["mma_flops"] = c.mma_flops;
+    d["exponentials"] = c.exponentials;
+    d["barriers"] = c.barriers;
+    d["ldmatrix_conflicts"] = c.ldmatrix_conflicts;
+    result[name.c_str()] = d;
+  }
+  return result;
+}
+
+void set_order(const std::string& name) {
+  using cuda_emulator::Order;
+  cuda_emulator::set_order(name == "ascending"    ? Order::ascending
+                           : name == "descending" ? Order::descending
+                                                  : Order::shuffled);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(sslfast_emulated, m) {
+  m.def("info_nce_forward", on_device(&sslfast::info_nce_forward));
+  m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
+  m.def("set_order", &set_order);
+  m.def("counters", &counters);
+  m.def("reset_counters", &cuda_emulator::reset_counters);
+  m.def("run_faulty_kernel", [](const std::string& name, const at::Tensor& in, at::Tensor out) {
+    sslfast::run_faulty_kernel(name, in.const_data_ptr<float>(), out.data_ptr<float>());
+  });
+  m.def("device_tensor", [](int64_t elements) {
+    const DeviceScope scope;
+    return at::full({elements}, 1.0f);
+  });
+  m.def("matrix_product", [](const std::string& math, const at::Tensor& a, const at::Tensor& b, bool b_by_rows) {
+    const DeviceScope scope;
+    const auto a_copy = to_device(a), b_copy = to_device(b), c = at::empty({16, 16}, at::kFloat);
+    sslfast::run_matrix_product(math, a_copy.const_data_ptr(), b_copy.const_data_ptr(), b_by_rows, c.data_ptr<float>());
+    return c;
+  });
+}

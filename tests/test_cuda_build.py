@@ -1,0 +1,76 @@
+"""What nvcc makes of the CUDA kernels: no spills, the planned number of blocks, tensor cores, 16-byte copies."""
+
+import functools
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = sorted((ROOT / "csrc/ops/cuda").glob("*_kernel.cu"))
+ARCHITECTURES = ["sm_80", "sm_90"]
+MATRIX_KERNELS = ("info_nce_forward_kernel", "info_nce_backward_kernel")
+
+
+def program(name: str) -> str:
+    """A program of the CUDA toolkit, which may also come with torch's triton."""
+    spec = importlib.util.find_spec("triton")
+    bundled = Path(spec.origin).parent / "backends/nvidia/bin" / name if spec and spec.origin else Path()
+    found = shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}") or shutil.which(bundled)
+    if found is None:
+        pytest.skip(f"no {name} on this machine")
+    return found
+
+
+@functools.cache
+def compile_kernel(source: Path, architecture: str, folder: Path) -> tuple[Path, str]:
+    """→ (cubin, what ptxas -v says)"""
+    cubin = folder / f"{source.stem}.{architecture}.cubin"
+    command = [program("nvcc"), "-std=c++20", "-O3", f"-I{ROOT}", f"-arch={architecture}", "-Xptxas", "-v", "-cubin"]
+    done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    return cubin, done.stderr
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cubins")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.stem)
+def test_no_spills_and_two_blocks_where_planned(folder, source, architecture):
+    _, log = compile_kernel(source, architecture, folder)
+    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    kernels = re.findall(pattern, log, re.S)
+    assert kernels
+    for name, spilled, registers in kernels:
+        assert int(spilled) == 0, f"{name}: {spilled} bytes spilled"
+        planned = "Float16Math" in name and "Lb1E" in name  # bfloat16 or float16, the usual kind of softmax
+        if planned and any(kernel in name for kernel in MATRIX_KERNELS):
+            assert 2 * 256 * int(registers) <= 65536, f"{name}: {registers} registers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.stem)
+def test_tensor_cores_and_wide_copies(folder, source):
+    cubin, _ = compile_kernel(source, "sm_80", folder)
+    command = [program("cuobjdump"), "-sass", str(cubin)]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    functions = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", sass, re.S))
+    matrix = {name: code for name, code in functions.items() if any(kernel in name for kernel in MATRIX_KERNELS)}
+    assert matrix
+    for name, code in matrix.items():
+        products = set(re.findall(r"HMMA\.(\d+)\.F32", code))
+        assert products == {"1688" if "Tf32" in name else "16816"}, name
+        assert re.search(r"LDGSTS\.E\.BYPASS\S*\.128", code), name
+        assert "LDSM.16.M88.4" in code, name
+    for name, code in functions.items():
+        if "prepare_kernel" in name or "finish_kernel" in name:
+            assert re.search(r"LDG\.E\.128", code), name
+            assert re.search(r"STG\.E\.128", code), name

@@ -1,0 +1,89 @@
+"""The emulator catches what it is there to catch, and its tensor cores compute what the PTX ISA says."""
+
+import cuda_emulation
+import pytest
+import torch
+
+CORRECT = torch.arange(64.0).flip(0)
+
+
+def run_kernel(name: str, order: str) -> torch.Tensor:
+    """The kernel `name` of cuda_emulator/faulty_kernels.cu: it should reverse 64 numbers."""
+    emulator = cuda_emulation.load()
+    emulator.set_order(order)
+    source, target = emulator.device_tensor(64), emulator.device_tensor(64)
+    source.copy_(torch.arange(64.0))
+    emulator.run_faulty_kernel(name, source, target)
+    return target.clone()
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+def test_correct_kernel(order):
+    assert torch.equal(run_kernel("correct", order), CORRECT)
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("divergent_barrier", r"thread \(5, 0, 0\): divergent barrier: has ended"),
+        ("different_barriers", r"divergent barrier: waits in another __syncthreads\(\)"),
+        ("missing_wait_at_end", "ends with a cp.async that it has not waited for"),
+        ("global_write_out_of_bounds", r"thread \(63, 0, 0\): global write of 4 bytes out of bounds"),
+        ("global_read_out_of_bounds", r"thread \(63, 0, 0\): global read of 4 bytes out of bounds"),
+        ("raw_global_write_out_of_bounds", "outside shared and device memory"),
+        ("shared_write_out_of_bounds", "outside shared and device memory"),
+        ("misaligned", "global read of 16 bytes at a misaligned address"),
+        ("divergent_shuffle", "deadlock: waits in a warp-wide instruction"),
+    ],
+)
+def test_error_is_reported(fault, message, order):
+    with pytest.raises(RuntimeError, match=message):
+        run_kernel(fault, order)
+
+
+@pytest.mark.parametrize("fault", ["missing_barrier", "missing_wait", "uninitialised_shared"])
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+def test_result_is_spoilt(fault, order):
+    assert run_kernel(fault, order).isnan().any()
+
+
+def test_goes_on_after_an_error():
+    with pytest.raises(RuntimeError):
+        run_kernel("shared_write_out_of_bounds", "ascending")
+    assert torch.equal(run_kernel("correct", "ascending"), CORRECT)
+
+
+def test_counters():
+    emulator = cuda_emulation.load()
+    emulator.reset_counters()
+    run_kernel("correct", "ascending")
+    counts = emulator.counters()["faulty"]
+    assert (counts["launches"], counts["barriers"]) == (1, 1)
+    assert (counts["read_bytes"], counts["written_bytes"]) == (256, 256)
+
+
+@pytest.mark.parametrize("by_rows", [False, True], ids=["a_bt", "a_b"])
+@pytest.mark.parametrize(
+    ("math", "dtype", "tolerance"),
+    [
+        ("bfloat16", torch.bfloat16, 1e-6),
+        ("float16", torch.float16, 1e-6),
+        ("tf32", torch.float32, 1e-3),
+        ("tf32x3", torch.float32, 1e-6),
+    ],
+)
+def test_matrix_product(math, dtype, tolerance, by_rows):
+    emulator = cuda_emulation.load()
+    generator = torch.Generator().manual_seed(0)
+    columns = 16 if by_rows else 128 // dtype.itemsize
+    a, b = torch.randn(2, 16, columns, generator=generator).to(dtype)
+    emulator.reset_counters()
+    actual = emulator.matrix_product(math, a, b, by_rows).double()
+    expected = a.double() @ (b.double() if by_rows else b.double().T)
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+    if math == "tf32":  # not more exact than the hardware
+        assert (actual - expected).norm() >= 1e-5 * expected.norm()
+    counts = emulator.counters()["product"]
+    assert counts["mma_flops"] == 2 * 16 * 16 * columns * (3 if math == "tf32x3" else 1)
+    assert counts["ldmatrix_conflicts"] == 0
