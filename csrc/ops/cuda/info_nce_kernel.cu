@@ -19,7 +19,7 @@
 // more product.
 //
 // Traffic, elements of z' that blocks read: forward N²·D/256 (each tile one side; twice that once D is too large for
-// shared memory), backward N²·D/kRows. Scratch besides z': one float for 128 elements of c, D floats a row for each
+// shared memory), backward N²·D/kRows. Scratch besides z': two floats for 128 elements of c, D floats a row for each
 // split of J.
 //
 // Softmax in base 2, of y = s·log₂e·(c − 1) ≤ 0 instead of s·c: computed as one fused multiply-add it keeps the
