@@ -15,7 +15,7 @@ import pytest
 import torch
 from measure import Ceiling, seconds, turn
 
-SECONDS_PER_CASE = 5.0  # rounds are added up to 30 as long as they fit
+SECONDS_PER_CASE = 3.0  # rounds are added up to 30 as long as they fit
 WARM_UP_ROUNDS = 2
 
 
