@@ -1,6 +1,7 @@
 """Where data is found, how it is read, and what a person is told when it is missing or broken."""
 
 import gzip
+import shutil
 import struct
 
 import numpy as np
@@ -152,6 +153,12 @@ def test_image_folder_without_splits_keeps_every_fifth_for_testing(image_folder)
     assert (len(train), len(test)) == (9, 3)
     assert not set(train.source) & set(test.source)
     assert train.classes == test.classes == ["dark", "light"]
+
+
+def test_image_folder_may_lack_a_test_split(image_folder):
+    shutil.rmtree(image_folder / "test")
+    assert len(data.load(str(image_folder), "train")) == 12
+    assert len(data.load(str(image_folder), "test")) == 0
 
 
 def test_flat_folder_has_no_labels(image_folder):

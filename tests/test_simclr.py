@@ -273,6 +273,15 @@ def test_image_files_train_whatever_decodes_them_and_a_corrupt_one_is_skipped(ph
     assert set(results["simclr"]) == {"knn10", "knn200", "linear"}
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding")
+def test_unlabelled_image_files_train_and_are_not_judged(photographs, tmp_path, capsys):
+    run = tmp_path / "run"
+    train(small(run, data=str(photographs / "b"), batch_size=12, epochs=2, size=32, workers=0))
+    assert evaluate(run) == {}
+    assert (run / "loss.png").exists()
+    assert "no test images in class folders" in capsys.readouterr().out
+
+
 def test_evaluation_of_a_run(finished, capsys):
     results = evaluate(finished, map_samples=120)
     assert set(results) == {"raw pixels", "untrained encoder", "simclr"}

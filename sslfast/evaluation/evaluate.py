@@ -38,15 +38,20 @@ def main(args: list[str] | None = None) -> None:
 
 
 def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> dict[str, dict[str, float]]:
-    """Print and return accuracies in percent, and write evaluation.json and three pictures into the run's folder."""
+    """Print and return accuracies in percent, and write evaluation.json and three pictures into the run's folder.
+
+    Data without classes or without a test split gives only the picture of the loss, and {}.
+    """
     from sslfast.evaluation import plots
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
     train = data.load(config["data"], "train", config["data_dir"])
     test = data.load(config["data"], "test", config["data_dir"])
-    if not train.classes or not len(test):
-        raise UserError(f"{config['data']} has no classes (CLASS/*.jpg), by which features could be judged")
+    plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
+    if (train.labels < 0).all() or (test.labels < 0).all():
+        print(f"{config['data']} has no test images in class folders, by which features could be judged")
+        return {}
 
     untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     kinds = {
@@ -75,7 +80,6 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
     checkpoint.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
 
     features, train_vectors = test_features[config["method"]], train_features[config["method"]]
-    plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
     sample = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:map_samples]
     plots.embedding_map(features[sample], test_labels[sample], test.classes, run / "embedding.png")
     first = torch.stack([(test_labels == c).nonzero()[0, 0] for c in test_labels.unique()[:10]])
@@ -134,10 +138,10 @@ def raw_pixels(pixels: Tensor) -> Tensor:
 def extract(
     functions: dict[str, Callable[[Tensor], Tensor]], images: data.Images, size: int, workers: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return ({name: features (N, F)}, row numbers (N,)): each function on every image, in one pass over the data."""
+    """Return ({name: features (N, F)}, row numbers (N,)): each function on every labelled image, in one pass."""
     found: dict[str, list[Tensor]] = {name: [] for name in functions}
     ids = []
-    rows = torch.arange(len(images)).numpy()
+    rows = (images.labels >= 0).nonzero()[:, 0].numpy()
     parts = [rows[start : start + 500] for start in range(0, len(rows), 500)]
     for pixels, chosen in data.batches(images, parts, workers, square=size):
         ids.append(chosen)

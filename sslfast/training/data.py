@@ -59,8 +59,8 @@ def load(name: str, split: str, download_folder: str = "~/.cache/sslfast") -> Im
 
     A directory holds either the four idx files of MNIST's kind (plain or .gz) or images: ``train/CLASS/*.jpg`` and
     ``test/CLASS/*.jpg`` (or ``val``), or only ``CLASS/*.jpg``, of which each fifth image becomes the test split. Images
-    that lie in no class folder have no label: one can train on them, not evaluate. Raises UserError when something is
-    missing or broken.
+    that lie in no class folder have no label: one can train on them, not evaluate; the test split may be empty. Raises
+    UserError when something is missing or broken.
     """
     download = Path(download_folder).expanduser()
     if name == "digits":
@@ -236,16 +236,13 @@ def _image_folder(folder: Path, split: str) -> Images:
     root = folder
     if is_split:
         names = ("train",) if split == "train" else ("test", "val")
-        found = [folder / name for name in names if (folder / name).is_dir()]
-        if not found:
-            raise UserError(f"{folder} has a train/ but neither test/ nor val/")
-        root = found[0]
+        root = next((folder / name for name in names if (folder / name).is_dir()), folder / "test")
     paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
+    if not paths and split == "train":
         raise UserError(f"{root}: found no images ({', '.join(sorted(IMAGE_SUFFIXES))}) and no idx files in it")
     classes = sorted(p.name for p in (folder / "train" if is_split else folder).iterdir() if p.is_dir())
     if classes and not is_split:
         paths = [p for number, p in enumerate(paths) if (number % 5 == 0) == (split == "test")]
     numbers = {name: number for number, name in enumerate(classes)}
     labels = [numbers.get(p.relative_to(root).parts[0], -1) for p in paths]  # a file outside of folders gets -1
-    return Images(paths, torch.tensor(labels), classes)
+    return Images(paths, torch.tensor(labels, dtype=torch.int64), classes)
