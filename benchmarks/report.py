@@ -69,7 +69,7 @@ def results(saved: dict, benchmarks: list[dict]) -> dict:
 
 
 def milliseconds(value: float) -> str:
-    return f"{value * 1e3:.3g} ms" if value < 10 else f"{value:.3g} s"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def ratio(low: float, median: float, high: float) -> str:
@@ -121,6 +121,41 @@ def provenance(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
+    """Lines if the cases vary their first key while others stay, else bars."""
+    others = [tuple(case["case"].values())[1:] for case in found["cases"]]
+    figure = plot_lines(found) if len(set(others)) < len(others) / 2 else plot_bars(found)
+    figure.savefig(path)
+
+
+def plot_bars(found: dict) -> Figure:
+    """How many times the time of ours each peer takes; a group of bars for each case."""
+    names = list(dict.fromkeys(name for case in found["cases"] for name in case["ratio"] if name != "floor"))
+    figure = Figure(figsize=(7.5, 0.8 + 0.25 * (len(names) + 1) * len(found["cases"])), layout="constrained", dpi=130)
+    ax = figure.subplots()
+    for row, case in enumerate(found["cases"]):
+        for lane, name in enumerate(names):
+            if name in case["ratio"]:
+                low, median, high = case["ratio"][name]
+                y = row + (lane - (len(names) - 1) / 2) * 0.8 / len(names)
+                error = [[median - low], [high - median]]
+                ax.barh(y, median, 0.72 / len(names), color=PEER_COLORS[lane], xerr=error, error_kw={"lw": 0.8})
+                ax.text(high * 1.04, y, f"{median:.2g}×" if median < 10 else f"{median:.0f}×", va="center", fontsize=8)
+    for lane, name in enumerate(names):
+        ax.barh(0, 0, color=PEER_COLORS[lane], label=name)
+    ax.axvline(1, color=COLORS[OURS], lw=1.5)
+    ax.set_xscale("log")
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    ax.set_yticks(range(len(found["cases"])), [", ".join(map(str, case["case"].values())) for case in found["cases"]])
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    ax.set_xlabel(f"time of a peer over time of {OURS} (red line)", fontsize=9)
+    ax.tick_params(labelsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(4, len(names)), frameon=False, fontsize=8)
+    return figure
+
+
+def plot_lines(found: dict) -> Figure:
     """Time against the first key of the cases, both logarithmic; a panel for each combination of the other keys."""
     x_key, *panel_keys = found["cases"][0]["case"]
     drawn = [case for case in found["cases"] if len(case["ratio"]) > ("floor" in case["ratio"])]  # with a peer
@@ -129,6 +164,8 @@ def plot(found: dict, path: Path) -> None:
     panels.sort(key=lambda panel: (rows_of.index(panel[-1:]), panel))
     rows = len(rows_of)
     columns = -(-len(panels) // rows)
+    if columns == 1:
+        rows, columns = columns, rows
     names = [OURS, *dict.fromkeys(name for case in drawn for name in case["ratio"] if name != "floor"), "floor"]
     colors = COLORS | dict(zip(names[1:-1], PEER_COLORS, strict=False))
     figure = Figure(figsize=(1.2 + 3.1 * columns, 0.9 + 2.7 * rows), layout="constrained", dpi=130)
@@ -159,7 +196,7 @@ def plot(found: dict, path: Path) -> None:
     figure.supylabel("milliseconds", fontsize=10)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(names), frameon=False, fontsize=9)
-    figure.savefig(path)
+    return figure
 
 
 def replace_between(text: str, name: str, new: str) -> str:
