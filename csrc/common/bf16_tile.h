@@ -18,6 +18,7 @@
 #include <cstdint>
 
 #include "csrc/common/cpu_dispatch.h"
+#include "csrc/common/vec.h"
 
 // Code between these two may use the instructions; it runs only where cpu_capability() says that they exist.
 #if defined(__clang__)
@@ -140,6 +141,30 @@ inline void multiply_avx512_bf16(const Bf16Operand& a, const Bf16Operand& b, int
   }
 }
 
+/// The two ways as engines, a template argument of a kernel; one lives as long as its thread multiplies.
+struct Amx {
+  Amx() { configure_tiles(); }
+  ~Amx() { release_tiles(); }
+  template <int kTerms, bool kAccumulate>
+  static void multiply(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
+    multiply_amx<kTerms, kAccumulate>(a, b, steps, c, c_half);
+  }
+};
+
+struct DotProducts {
+  DotProducts() {}
+  template <int kTerms, bool kAccumulate>
+  static void multiply(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
+    multiply_avx512_bf16<kTerms, kAccumulate>(a, b, steps, c, c_half);
+  }
+};
+
+/// Element (row, col) of a 32 × 32 result of two halves of 16 columns.
+inline constexpr int64_t kHalf = 512;
+
+/// Where element (r, k) of a block is.
+constexpr int64_t at(int64_t r, int64_t k) { return k / 16 * kHalf + r * 16 + k % 16; }
+
 /// 16 × 16 transpose of 32-bit elements: four rounds, each of which exchanges squares of half the size.
 inline void transpose_block(const void* from, void* to) {
   __m512i v[16];
@@ -180,6 +205,27 @@ inline __m512 first_of(__m512i v) {
 }
 inline __m512 second_of(__m512i v) {
   return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(v, 1)), 16);
+}
+
+/// A row of operand A, k = 0…15 in x and 16…31 in y, as kTerms terms that lie `term` elements apart.
+template <int kTerms>
+inline void store_terms(__m512 x, __m512 y, uint16_t* out, int64_t term) {
+#pragma GCC unroll 3
+  for (int t = 0; t < kTerms; ++t) {
+    const __m512i rounded = to_bf16(x, y);
+    _mm512_storeu_si512(out + t * term, rounded);
+    x -= first_of(rounded);
+    y -= second_of(rounded);
+  }
+}
+
+/// 16 columns of 32 rows of A blocks → the B block whose k are these rows.
+inline void interleave_rows(const uint16_t* a, uint16_t* b) {
+  for (int64_t pair = 0; pair < 16; ++pair) {
+    const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + pair * 64));
+    const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + pair * 64 + 32));
+    _mm512_storeu_si512(b + pair * 32, interleave(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1)));
+  }
 }
 
 }  // namespace CPU_CAPABILITY

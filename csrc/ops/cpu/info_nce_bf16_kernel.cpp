@@ -22,6 +22,7 @@
 
 #include "csrc/common/bf16_tile.h"
 #include "csrc/common/block_pairs.h"
+#include "csrc/common/panel_tile.h"
 #include "csrc/common/vec.h"
 #include "csrc/ops/info_nce.h"
 
@@ -40,25 +41,6 @@ namespace {
 
 constexpr float kNormEps = 1e-12f;
 constexpr int64_t kMaxBlock = 256;
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-struct Amx {
-  Amx() { configure_tiles(); }
-  ~Amx() { release_tiles(); }
-  template <int kTerms, bool kAccumulate>
-  static void multiply(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
-    multiply_amx<kTerms, kAccumulate>(a, b, steps, c, c_half);
-  }
-};
-
-struct DotProducts {
-  DotProducts() {}
-  template <int kTerms, bool kAccumulate>
-  static void multiply(const Bf16Operand& a, const Bf16Operand& b, int64_t steps, float* c, int64_t c_half) {
-    multiply_avx512_bf16<kTerms, kAccumulate>(a, b, steps, c, c_half);
-  }
-};
 
 /// z as operands of the three products; every block is contiguous, see bf16_tile.h. One term holds z, three hold ẑ.
 template <int kTerms>
@@ -124,12 +106,7 @@ void pack_operands(const Operands<kTerms>& z, const Z* z1, const Z* z2, int64_t 
           Vec<float> x = load(values + d), y = load(values + d + 16);
           uint16_t* out = z.z_a + d * z.rows + row * 32;
           if (kTerms > 1) x *= inv_norm, y *= inv_norm;
-          for (int t = 0; t < kTerms; ++t) {
-            const __m512i rounded = to_bf16(x, y);
-            _mm512_storeu_si512(out + t * z.term(), rounded);
-            x -= first_of(rounded);
-            y -= second_of(rounded);
-          }
+          store_terms<kTerms>(x, y, out, z.term());
         }
       }
       for (int64_t term = 0; term < kTerms; ++term)
@@ -140,24 +117,13 @@ void pack_operands(const Operands<kTerms>& z, const Z* z1, const Z* z2, int64_t 
           if (!kBackward || term >= z.kGradTerms) continue;
           for (int64_t half = 0; half < 32; half += 16) {
             uint16_t* pairs = z.pairs + term * z.term() + (d + half) * z.rows + first * 16;
-            for (int64_t pair = 0; pair < 16; ++pair) {
-              const __m256i even = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + pair * 64 + half));
-              const __m256i odd = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + pair * 64 + 32 + half));
-              _mm512_storeu_si512(pairs + pair * 32,
-                                  interleave(_mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1)));
-            }
+            interleave_rows(a + half, pairs);
             transpose_block(pairs, z.zt_a + term * z.term() + first * z.dim + (d + half) * 32);
           }
         }
     }
   });
 }
-
-/// Element (row, col) of a 32 × 32 result of two halves of 16 columns.
-constexpr int64_t kHalf = 512;
-
-/// Where element (r, k) of a block is.
-constexpr int64_t at(int64_t r, int64_t k) { return k / 16 * kHalf + r * 16 + k % 16; }
 
 /// Zeroes the diagonal and what belongs to padded rows or columns.
 void exclude(float* c, int64_t row, int64_t col, int64_t count) {
