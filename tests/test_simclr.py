@@ -166,6 +166,12 @@ def test_a_folder_with_a_run_is_not_overwritten(finished):
         train(small(finished))
 
 
+def test_a_run_of_another_method_is_not_resumed(tmp_path):
+    checkpoint.save_config(tmp_path / "run", {"method": "ddpm"})
+    with pytest.raises(UserError, match=r"is a run of ddpm: sslfast ddpm --resume .*run continues it"):
+        main(["--resume", str(tmp_path / "run")])
+
+
 def test_resume_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
         main(["--resume", str(tmp_path / "nothing")])

@@ -5,24 +5,18 @@ the NT-Xent loss asks each to be most similar to the other view of its own image
 head is thrown away, and the encoder's features are what was learnt.
 """
 
-import contextlib
 import dataclasses
-import json
-import math
-import time
 from collections import OrderedDict
-from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 import torch
-import tyro
 from torch import nn
 
 from sslfast.losses import NTXentLoss
 from sslfast.models import EncoderName, build_encoder, projection_head
-from sslfast.training import UserError, checkpoint, data, optimizers
-from sslfast.training.logging import RunLog
+from sslfast.training import UserError, data, optimizers
+from sslfast.training.loop import Loop, begin, best_precision, check, parse
 from sslfast.transforms import SimCLRTransform
 
 
@@ -103,20 +97,9 @@ class SimCLR:
     """Evaluate the encoder when it is trained, as `sslfast evaluate RUN` does."""
 
 
-MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "workers", "corrupt"}
-MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
-
-
 def main(args: list[str] | None = None) -> None:
     """The command `sslfast simclr`."""
-    config = tyro.cli(SimCLR, args=args, prog="sslfast simclr")
-    if config.resume:
-        settings = checkpoint.load_config(Path(config.resume))
-        saved = {field.name: settings[field.name] for field in dataclasses.fields(SimCLR)}
-        config = tyro.cli(SimCLR, args=args, prog="sslfast simclr", default=SimCLR(**saved))
-        for name, old in saved.items():
-            if name not in MAY_CHANGE_ON_RESUME and getattr(config, name) != old:
-                raise UserError(f"--{name.replace('_', '-')} was {old} when {config.resume} began: it cannot change")
+    config = parse(SimCLR, "simclr", args)
     run = train(config)
     if run is None:
         raise SystemExit(130)  # as a shell reports a process that was interrupted
@@ -128,28 +111,20 @@ def main(args: list[str] | None = None) -> None:
 
 def train(config: SimCLR) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
-    check(config)
+    positive = ("epochs", "batch_size", "lr", "temperature", "head_layers", "crop_scale", "log_every")
+    not_negative = ("momentum", "weight_decay", "warmup_epochs", "color", "flip", "blur", "workers", "size")
+    check(config, positive, not_negative, at_most_1=("crop_scale", "flip", "blur"))
+    if config.encoder == "small" and config.size % 2:
+        raise UserError(f"--size must be even for the small encoder, not {config.size}")
     images = data.load(config.data, "train", config.data_dir)
     steps_per_epoch = len(images) // config.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
-    total_steps = config.epochs * steps_per_epoch
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     top_rate = config.lr * config.batch_size / 256
-
-    if config.resume:
-        run = Path(config.resume)
-        settings = checkpoint.load_config(run) | {"epochs": config.epochs}
-        checkpoint.write_atomically(run / "config.json", json.dumps(settings, indent=2) + "\n")
-    else:
-        config = dataclasses.replace(
-            config,
-            run=config.run or f"runs/simclr-{Path(config.data).name}-{datetime.now():%Y%m%d-%H%M%S}",
-            size=config.size or images.size,
-            precision=best_precision(config.device) if config.precision == "auto" else config.precision,
-        )
-        run = Path(config.run)
-        checkpoint.save_config(run, {"method": "simclr", **dataclasses.asdict(config), "channels": images.channels})
+    precision = best_precision(config.device) if config.precision == "auto" else config.precision
+    config = dataclasses.replace(config, size=config.size or images.size, precision=precision)
+    run = begin(config, "simclr", channels=images.channels)
 
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
@@ -176,96 +151,17 @@ def train(config: SimCLR) -> Path | None:
     else:
         optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
 
-    step, log_position = 0, 0
-    if config.resume and (loaded := checkpoint.load(run, device)):
-        weights, state = loaded
-        model.load_state_dict(weights)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        step, log_position = state["step"], state["log_position"]
-        print(f"continuing {run} at step {step} of {total_steps}")
+    with Loop(run, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
+        for epoch, pixels, ids in loop.batches(images):
+            views = torch.cat(transform(pixels, ids, epoch)).to(device)
+            rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)
+            optimizers.set_learning_rate(optimizer, rate)
 
-    log = RunLog(run, total_steps, first_step=step, resume_at=log_position)
-
-    def save() -> None:
-        state = {
-            "step": step,
-            "log_position": log.position(),
-            "optimizer": optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        checkpoint.save(run, step, model.state_dict(), state)
-
-    model.train()
-    last_save = time.monotonic()
-    with contextlib.closing(log), checkpoint.stop_signal() as stop:
-        while step < total_steps:
-            epoch = step // steps_per_epoch
-            order = data.epoch_order(len(images), config.seed, epoch)[: steps_per_epoch * config.batch_size]
-            rows = order.reshape(steps_per_epoch, config.batch_size)[step % steps_per_epoch :]
-            for pixels, ids in data.batches(images, rows, config.workers, corrupt=config.corrupt):
-                views = torch.cat(transform(pixels, ids, epoch)).to(device)
-                rate = top_rate * optimizers.warmup_cosine(step, total_steps, warmup_steps)
-                optimizers.set_learning_rate(optimizer, rate)
-
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                    vectors = forward(views)
-                loss = criterion(*vectors.float().chunk(2))
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                step += 1
-
-                log.progress(len(ids))
-                stopping = stop()
-                save_now = stopping or step == total_steps or time.monotonic() - last_save > config.checkpoint_seconds
-                log_now = step % config.log_every == 0 or step == total_steps
-                if save_now or log_now:
-                    value = loss.item()
-                    if not math.isfinite(value) or not all(weight.isfinite().all() for weight in model.parameters()):
-                        raise UserError(
-                            f"the training diverged: at step {step} (epoch {epoch + 1}) the loss is {value}. Try a "
-                            f"lower --lr, a higher --temperature or --precision float32. {run} keeps the last good "
-                            "checkpoint."
-                        )
-                    if log_now:
-                        log.scalars(step, epoch + 1, loss=value, lr=rate)
-                if save_now:
-                    save()
-                    last_save = time.monotonic()
-                if stopping:
-                    log.say(f"\nstopped at step {step} of {total_steps}; go on with: sslfast simclr --resume {run}")
-                    return None
-    print(f"trained: {run}")
-    return run
-
-
-def check(config: SimCLR) -> None:
-    """Raise UserError for settings that cannot work, before anything is read or written."""
-    ranges = {
-        "more than 0": (
-            ("epochs", "batch_size", "lr", "temperature", "head_layers", "crop_scale", "log_every"),
-            1e-9,
-            1e9,
-        ),
-        "at least 0": (("momentum", "weight_decay", "warmup_epochs", "color", "workers", "size"), 0, 1e9),
-        "at most 1": (("crop_scale", "flip", "blur"), 0, 1),
-    }
-    for wanted, (names, least, most) in ranges.items():
-        for name in names:
-            if not least <= getattr(config, name) <= most:
-                raise UserError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(config, name)}")
-    if config.encoder == "small" and config.size % 2:
-        raise UserError(f"--size must be even for the small encoder, not {config.size}")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def best_precision(device: str) -> Literal["float32", "bfloat16"]:
-    """Return "bfloat16" where it speeds up matrix products, else "float32"."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bfloat16" if fast else "float32"
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                vectors = forward(views)
+            loss = criterion(*vectors.float().chunk(2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loop.end_step(len(ids), loss=loss, lr=rate)
+    return None if loop.stopped else run

@@ -1,0 +1,187 @@
+"""What is around the steps of every method: its command line, its folder, resuming, logging, checkpoints, stopping."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from sslfast.training import UserError, checkpoint, data
+from sslfast.training.logging import RunLog
+
+Config = TypeVar("Config")
+"""A method's dataclass of settings. It has at least the fields that this file uses, under the same names."""
+
+MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "workers", "corrupt"}
+MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
+
+
+def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Config:
+    """Return the settings that a command line asks for; with --resume, those that the run began with.
+
+    Raises UserError for a setting that cannot change on resume, and for a folder that another method began.
+    """
+    config: Any = tyro.cli(kind, args=args, prog=f"sslfast {method}")
+    if not config.resume:
+        return config
+    settings = checkpoint.load_config(Path(config.resume))
+    if settings["method"] != method:
+        began = settings["method"]
+        raise UserError(f"{config.resume} is a run of {began}: sslfast {began} --resume {config.resume} continues it")
+    names = {field.name for field in dataclasses.fields(config)}
+    saved = {name: value for name, value in settings.items() if name in names}
+    config = tyro.cli(kind, args=args, prog=f"sslfast {method}", default=dataclasses.replace(config, **saved))
+    for name, old in saved.items():
+        if name not in MAY_CHANGE_ON_RESUME and getattr(config, name) != old:
+            raise UserError(f"{option(name)} was {old} when {config.resume} began: it cannot change")
+    return config
+
+
+def begin(config: Any, method: str, **facts: Any) -> Path:
+    """Make the folder of a run and keep its settings and ``facts`` in config.json, or continue the one of --resume."""
+    if config.resume:
+        folder = Path(config.resume)
+        settings = checkpoint.load_config(folder) | {"epochs": config.epochs}
+        checkpoint.write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
+        return folder
+    folder = Path(config.run or f"runs/{method}-{Path(config.data).name}-{datetime.now():%Y%m%d-%H%M%S}")
+    checkpoint.save_config(folder, {"method": method, **dataclasses.asdict(config), "run": str(folder), **facts})
+    return folder
+
+
+def check(
+    config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = (), at_most_1: Sequence[str] = ()
+) -> None:
+    """Raise UserError for a number out of its range or a device that cannot be used, naming the option."""
+    for name in positive:
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"{option(name)} must be more than 0, not {getattr(config, name)}")
+    for name in not_negative:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"{option(name)} must be at least 0, not {getattr(config, name)}")
+    for name in at_most_1:
+        if not getattr(config, name) <= 1:
+            raise UserError(f"{option(name)} must be at most 1, not {getattr(config, name)}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def option(name: str) -> str:
+    """Return a field's name as it is on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def best_precision(device: str) -> Literal["float32", "bfloat16"]:
+    """Return "bfloat16" where it speeds up matrix products, else "float32"."""
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    fast = device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bfloat16" if fast else "float32"
+
+
+class Loop:
+    """The steps of a training, from the last checkpoint on.
+
+    >>> with Loop(folder, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
+    ...     for epoch, pixels, ids in loop.batches(images):
+    ...         …  # one step, in which loop.step is the number of steps before it
+    ...         loop.end_step(len(ids), loss=loss, lr=rate)
+
+    Args:
+        folder: of the run, as `begin` returned it.
+        config: the settings, of which epochs, batch_size, seed, resume, device, workers, corrupt, log_every and
+            checkpoint_seconds are used here.
+        model: all that belongs into the checkpoint's weights.safetensors, evaluated or not: parameters and buffers.
+        state: by name, what else has a state_dict() that a checkpoint must hold.
+        steps_per_epoch: batches in an epoch.
+
+    On Ctrl-C and SIGTERM it saves, says how to go on, and ends `batches` with `stopped` set.
+    """
+
+    def __init__(self, folder: Path, config: Any, model: nn.Module, state: dict[str, Any], steps_per_epoch: int):
+        self.folder, self.config, self.model, self.state = folder, config, model, state
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = config.epochs * steps_per_epoch
+        self.step, self.stopped = 0, False
+        log_position = 0
+        if config.resume and (loaded := checkpoint.load(folder, config.device)):
+            weights, saved = loaded
+            model.load_state_dict(weights)
+            for name, part in state.items():
+                part.load_state_dict(saved[name])
+            torch.set_rng_state(saved["random"])
+            self.step, log_position = saved["step"], saved["log_position"]
+            print(f"continuing {folder} at step {self.step} of {self.total_steps}")
+        self.log = RunLog(folder, self.total_steps, first_step=self.step, resume_at=log_position)
+
+    def __enter__(self) -> "Loop":
+        self.cleanup = contextlib.ExitStack()
+        self.cleanup.enter_context(contextlib.closing(self.log))
+        self.stop_signal = self.cleanup.enter_context(checkpoint.stop_signal())
+        self.last_save = time.monotonic()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.cleanup.close()
+
+    def batches(self, images: data.Images) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
+        """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does."""
+        config = self.config
+        while self.step < self.total_steps:
+            epoch = self.step // self.steps_per_epoch
+            order = data.epoch_order(len(images), config.seed, epoch)[: self.steps_per_epoch * config.batch_size]
+            rows = order.reshape(self.steps_per_epoch, config.batch_size)[self.step % self.steps_per_epoch :]
+            for pixels, ids in data.batches(images, rows, config.workers, corrupt=config.corrupt):
+                yield epoch, pixels, ids
+                if self.stopped:
+                    return
+
+    def end_step(self, samples: int, **values: float | Tensor) -> None:
+        """Count a finished step of so many samples; log ``values``, save a checkpoint and stop where it is time to.
+
+        Raises UserError, and leaves the checkpoints as they are, if a value or a weight is not finite then.
+        """
+        epoch = self.step // self.steps_per_epoch + 1
+        self.step += 1
+        self.log.progress(samples)
+        last = self.step == self.total_steps
+        self.stopped = self.stop_signal()
+        save_now = self.stopped or last or time.monotonic() - self.last_save > self.config.checkpoint_seconds
+        log_now = last or self.step % self.config.log_every == 0
+        if save_now or log_now:
+            numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+            finite = all(map(math.isfinite, numbers.values()))
+            if not finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
+                raise UserError(
+                    f"the training diverged: at step {self.step} (epoch {epoch}) the loss is {numbers['loss']}. Try a "
+                    f"lower --lr or --precision float32. {self.folder} keeps the last good checkpoint."
+                )
+            if log_now:
+                self.log.scalars(self.step, epoch, **numbers)
+        if save_now:
+            self.save()
+        if self.stopped:
+            method = checkpoint.load_config(self.folder)["method"]
+            self.log.say(
+                f"\nstopped at step {self.step} of {self.total_steps}; go on with: "
+                f"sslfast {method} --resume {self.folder}"
+            )
+        elif last:
+            self.log.say(f"trained: {self.folder}")
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        state = {name: part.state_dict() for name, part in self.state.items()}
+        state |= {"step": self.step, "log_position": self.log.position(), "random": torch.get_rng_state()}
+        checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
+        self.last_save = time.monotonic()
