@@ -1,3 +1,3 @@
-from sslfast.reference import augment, info_nce
+from sslfast.reference import augment, info_nce, similarity_lse
 
-__all__ = ["augment", "info_nce"]
+__all__ = ["augment", "info_nce", "similarity_lse"]

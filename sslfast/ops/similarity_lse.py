@@ -1,0 +1,266 @@
+"""The log-sum-exp of similarities, of which contrastive losses are made, without the matrix of similarities.
+
+The formulas: csrc/ops/similarity_lse.h, or sslfast/reference/similarity_lse.py in plain PyTorch.
+"""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+from sslfast import reference
+from sslfast.ops._eager import is_plain_eager
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def similarity_lse(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: float | Tensor,
+    *,
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    columns: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """lse_i = log Σ_j exp(scale·⟨q_i, k_j⟩ + bias_j), with gradients for `queries`, `keys` and `scale`.
+
+    The similarities are computed tile by tile and never stored. Nothing is normalised here.
+
+    Args:
+        queries: (M, D) with M ≥ 1 and D ≥ 1, float32, bfloat16, float16, or float64 on the CPU.
+        keys: (N, D) with N ≥ 1, of the same dtype and device, or None: the queries against each other, in which
+            j = i is left out and each similarity is computed once for both of its rows. Keys that need no gradient,
+            such as MoCo's queue, save half of the work: the gradient of the queries is ready with the forward pass.
+        scale: a number, or a tensor with one element, which gets a gradient.
+        exclude: (M,) or (M, E), int64: the keys j that row i leaves out; −1 leaves out none.
+        key_bias: (N,): log-weights of the keys, −inf to leave a key out for all rows; gets no gradient.
+        columns: also return log Σ_i exp(scale·⟨q_i, k_j⟩ + bias_j) of each key, from the same tiles; a pair that
+            `exclude` names is left out of both. Not with keys=None, where it would be the same.
+
+    Returns:
+        (M,) float64, or with `columns` also (N,) float64. −inf, with gradient 0, where nothing is left to sum.
+
+    Raises:
+        TypeError: tensors of another kind, or a key_bias that asks for a gradient.
+        ValueError: another shape or device, an index in `exclude` that no key has, a scale that is not finite.
+
+    Two calls with the same input give the same bits, on any number of threads. Memory grows with (M + N)·D.
+    """
+    _check(queries, keys, scale, exclude, key_bias)
+    if columns and keys is None:
+        raise ValueError("columns: expected False with keys=None, where columns are rows")
+    scale = _as_tensor(scale, queries)
+    differentiable = torch.is_grad_enabled()
+    keys_fixed = keys is not None and not keys.requires_grad and not columns
+    key_sum = differentiable and keys_fixed and (queries.requires_grad or scale.requires_grad)
+    arguments = queries, keys, scale, exclude, key_bias, columns, key_sum
+    plain = is_plain_eager(*(t for t in arguments if isinstance(t, Tensor)))
+    forward = _SimilarityLse.apply if plain else torch.ops.sslfast.similarity_lse_forward
+    lse, lse_columns, _ = forward(*arguments)
+    return (lse, lse_columns) if columns else lse
+
+
+def similarity_lse_backward(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: float | Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
+    *,
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    lse_columns: Tensor | None = None,
+    grad_columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(grad_queries, grad_keys or None, grad_scale) of similarity_lse for a given lse.
+
+    With p_ij = exp(scale·⟨q_i, k_j⟩ + bias_j − lse_i), which needs not sum to 1: `lse` may be that of a larger set of
+    keys of which these are a part, as when the keys of several ranks go round.
+
+    Args:
+        queries, keys, scale, exclude, key_bias: as for similarity_lse.
+        lse, grad_lse: (M,), the log-sum-exp of each row and the gradient that comes in for it.
+        lse_columns, grad_columns: (N,), the same of the columns; both or neither.
+    """
+    _check(queries, keys, scale, exclude, key_bias)
+    for name, t, like in (("lse", lse, queries), ("grad_lse", grad_lse, queries)):
+        _check_vector(name, t, like)
+    if (lse_columns is None) != (grad_columns is None) or (lse_columns is not None and keys is None):
+        raise ValueError("lse_columns, grad_columns: expected both or neither, and neither with keys=None")
+    if keys is not None and lse_columns is not None:
+        _check_vector("lse_columns", lse_columns, keys)
+        _check_vector("grad_columns", grad_columns, keys)
+    scale = _as_tensor(scale, queries)
+    grad_queries, grad_keys, grad_scale = torch.ops.sslfast.similarity_lse_backward(
+        queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
+    )
+    return grad_queries, None if keys is None else grad_keys, grad_scale
+
+
+def _as_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
+    if isinstance(scale, Tensor):
+        return scale.to(like.device)
+    return torch.full((), scale, dtype=torch.float64, device=like.device)
+
+
+def _check(queries, keys, scale, exclude, key_bias) -> None:
+    for name, t in (("queries", queries), ("keys", keys)):
+        if t is None and name == "keys":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.dim() != 2:
+            raise ValueError(f"{name}: expected shape (rows, dim), got {tuple(t.shape)}")
+        if t.shape[0] == 0 or t.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(t.shape)}")
+        if t.shape[1] != queries.shape[1]:
+            raise ValueError(f"keys: expected {queries.shape[1]} columns, as queries, got shape {tuple(t.shape)}")
+        if t.dtype != queries.dtype:
+            raise TypeError(f"keys: expected the dtype of queries, {queries.dtype}, got {t.dtype}")
+        if t.device != queries.device:
+            raise ValueError(f"keys: expected the device of queries, {queries.device}, got {t.device}")
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"scale: expected one element, got shape {tuple(scale.shape)}")
+        if not scale.is_floating_point():
+            raise TypeError(f"scale: expected a floating-point tensor, got {scale.dtype}")
+    elif not isinstance(scale, numbers.Real):
+        raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")
+    elif not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if exclude is not None:
+        if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
+            found = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
+            raise TypeError(f"exclude: expected an int64 tensor, got {found}")
+        if exclude.dim() not in (1, 2) or exclude.shape[0] != queries.shape[0]:
+            expected = f"({queries.shape[0]},) or ({queries.shape[0]}, E)"
+            raise ValueError(f"exclude: expected shape {expected}, got {tuple(exclude.shape)}")
+        if exclude.device != queries.device:
+            raise ValueError(f"exclude: expected the device of queries, {queries.device}, got {exclude.device}")
+    if key_bias is not None:
+        _check_vector("key_bias", key_bias, queries if keys is None else keys)
+        if key_bias.requires_grad:
+            raise TypeError("key_bias: it gets no gradient; expected a tensor that needs none (detach it)")
+
+
+def _check_vector(name: str, t: Tensor | None, rows: Tensor) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: expected shape {tuple(rows.shape[:1])}, got {tuple(t.shape)}")
+    if t.device != rows.device:
+        raise ValueError(f"{name}: expected the device of the rows, {rows.device}, got {t.device}")
+
+
+def _compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def _run_forward(queries, keys, scale, exclude, key_bias, columns, key_sum):
+    lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
+    total = queries.new_empty(0, dtype=_compute_dtype(queries))
+    if key_sum:  # the gradient of lse_i for scale·q_i
+        scaled, one = queries.to(total.dtype) * scale.to(total.dtype), scale.new_ones(())
+        total, *_ = reference.similarity_lse.similarity_lse_backward(
+            scaled, keys.to(total.dtype), one, lse, torch.ones_like(lse), exclude, key_bias
+        )
+    return lse, lse.new_empty(0) if lse_columns is None else lse_columns, total
+
+
+def _run_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns):
+    grad_queries, grad_keys, grad_scale = reference.similarity_lse.similarity_lse_backward(
+        queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
+    )
+    return grad_queries, queries.new_empty(0) if grad_keys is None else grad_keys, grad_scale
+
+
+@torch.library.custom_op("sslfast::similarity_lse_forward", mutates_args=())
+def _forward(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: Tensor,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
+    columns: bool,
+    key_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, lse_columns, Σ_j p_ij·k_j); the last two are empty unless asked for."""
+    return _run_forward(queries, keys, scale, exclude, key_bias, columns, key_sum)
+
+
+@_forward.register_fake
+def _(queries, keys, scale, exclude, key_bias, columns, key_sum):
+    lse = queries.new_empty(queries.shape[0], dtype=torch.float64)
+    lse_columns = lse.new_empty(keys.shape[0] if columns else 0)
+    return lse, lse_columns, queries.new_empty(queries.shape if key_sum else (0,), dtype=_compute_dtype(queries))
+
+
+@torch.library.custom_op("sslfast::similarity_lse_backward", mutates_args=())
+def _backward(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
+    exclude: Tensor | None,
+    key_bias: Tensor | None,
+    lse_columns: Tensor | None,
+    grad_columns: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(grad_queries, grad_keys, grad_scale); grad_keys is empty without keys."""
+    return _run_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns)
+
+
+@_backward.register_fake
+def _(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns):
+    grad_keys = queries.new_empty(0) if keys is None else keys.new_empty(keys.shape)
+    return queries.new_empty(queries.shape), grad_keys, torch.empty_like(scale)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    queries, keys, scale, exclude, key_bias, ctx.columns, ctx.has_key_sum = inputs
+    lse, lse_columns, key_sum = output
+    # With the sum of the keys at hand, backward needs no key.
+    kept_keys = None if ctx.has_key_sum else keys
+    ctx.save_for_backward(queries, kept_keys, scale, exclude, key_bias, lse, lse_columns, key_sum)
+    ctx.mark_non_differentiable(key_sum, *(() if ctx.columns else (lse_columns,)))
+
+
+def _gradients(ctx, run, grad_lse: Tensor, grad_columns: Tensor | None):
+    queries, keys, scale, exclude, key_bias, lse, lse_columns, key_sum = ctx.saved_tensors
+    if ctx.has_key_sum:
+        weighted = key_sum * (grad_lse * scale).to(key_sum.dtype)[:, None]
+        grad_scale = (queries * key_sum).sum(1, dtype=torch.float64) @ grad_lse
+        grads = weighted.to(queries.dtype), None, grad_scale.to(scale.dtype).reshape(scale.shape)
+    else:
+        columns = (lse_columns, grad_columns) if ctx.columns else (None, None)
+        grads = run(queries, keys, scale, lse, grad_lse, exclude, key_bias, *columns)
+    needed = ctx.needs_input_grad[:3]
+    return *(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)), None, None, None, None
+
+
+def _backward_of_forward(ctx, grad_lse: Tensor, grad_columns: Tensor | None, _grad_key_sum: None):
+    return _gradients(ctx, torch.ops.sslfast.similarity_lse_backward, grad_lse, grad_columns)
+
+
+_forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+
+
+class _SimilarityLse(torch.autograd.Function):
+    """The same without the dispatcher, which costs tens of microseconds a step."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_lse: Tensor, grad_columns: Tensor | None, _grad_key_sum: None):
+        if torch.is_grad_enabled():
+            raise RuntimeError("similarity_lse has no second derivative: call it without create_graph=True")
+        return _gradients(ctx, _run_backward, grad_lse, grad_columns)
