@@ -62,7 +62,8 @@ format: $(READY)
 test-cuda: $(READY)
 	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("torch finds no CUDA device on this machine")'
 	$(BIN)/python -m sslfast info
-	$(BIN)/python -m pytest tests/test_info_nce_cuda.py tests/test_cuda_build.py $(ARGS)
+	$(BIN)/python -m pytest -m cuda $(ARGS)
+	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
 
 # A second copy of the package in build/sanitized, so that the normal build stays as it is.
 test-sanitize: $(READY)
@@ -70,7 +71,7 @@ test-sanitize: $(READY)
 	cd tests && PYTHONPATH=$(abspath build/sanitized) \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow" $(ARGS) $(notdir $(wildcard $(patsubst \
+		$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not emulated" $(ARGS) $(notdir $(wildcard $(patsubst \
 		csrc/ops/%.h,tests/test_%.py,$(wildcard csrc/ops/*.h))))
 
 clean:

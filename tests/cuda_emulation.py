@@ -14,6 +14,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 ORDERS = ("ascending", "descending", "shuffled")  # in which the threads of a block run
 
+# For tests of what only the CUDA kernels have: the fixture `backend` (conftest.py) with these two alone.
+on_cuda = pytest.mark.parametrize("backend", ["cuda-emulated", "cuda"], indirect=True)
+
 
 @functools.cache
 def load() -> ModuleType:

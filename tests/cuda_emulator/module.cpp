@@ -29,7 +29,23 @@ class DeviceScope {
   c10::Allocator* previous_;
 };
 
-at::Tensor to_device(const at::Tensor& t) { return t.clone(at::MemoryFormat::Contiguous); }
+/// A copy in device memory with the strides of t and its place within 16 bytes.
+at::Tensor to_device(const at::Tensor& t) {
+  int64_t elements = t.numel() == 0 ? 0 : 1;
+  for (int64_t d = 0; d < t.dim() && elements > 0; ++d) {
+    if (t.stride(d) == 0 && t.size(d) > 1) return t.clone(at::MemoryFormat::Contiguous);  // it overlaps itself
+    elements += (t.size(d) - 1) * t.stride(d);
+  }
+  const int64_t shift = t.storage_offset() % (16 / t.element_size());
+  const at::Tensor copy = at::empty({shift + elements}, t.options()).as_strided(t.sizes(), t.strides(), shift);
+  copy.copy_(t);
+  return copy;
+}
+std::vector<at::Tensor> to_device(const std::vector<at::Tensor>& tensors) {
+  std::vector<at::Tensor> copies;
+  for (const at::Tensor& t : tensors) copies.push_back(to_device(t));
+  return copies;
+}
 template <typename T>
 const T& to_device(const T& value) {
   return value;
