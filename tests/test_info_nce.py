@@ -308,9 +308,7 @@ def test_bad_arguments(name):
         nt_xent(*args, **kwargs)
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"memory_bank_size": 4096}, {"memory_bank_size": (10, 8)}, {"gather_distributed": True}]
-)
+@pytest.mark.parametrize("arguments", [{"memory_bank_size": 4096}, {"memory_bank_size": (10, 8)}])
 def test_loss_says_what_is_not_implemented(arguments):
     with pytest.raises(NotImplementedError, match=next(iter(arguments))):
         NTXentLoss(**arguments)

@@ -28,6 +28,7 @@ LAYERS = [
     {"_built_for", "_C"},
     {"reference"},
     {"ops"},
+    {"distributed"},
     {"losses", "transforms", "schedulers"},
     {"models", "training"},
     {"evaluation"},

@@ -179,7 +179,7 @@ def test_resume_without_a_run(tmp_path):
 
 def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     class Explodes(torch.nn.Module):
-        def __init__(self, temperature):
+        def __init__(self, temperature, gather_distributed):
             super().__init__()
             self.calls = 0
 
@@ -219,7 +219,7 @@ def test_weights_that_blow_up_are_never_saved(tmp_path, monkeypatch):
     """A finite loss whose gradient is not spoils the weights: the checkpoint before it must stay the last."""
 
     class Cliff(torch.nn.Module):
-        def __init__(self, temperature):
+        def __init__(self, temperature, gather_distributed):
             super().__init__()
             self.calls = 0
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from sslfast.losses import NTXentLoss
 from sslfast.models import EncoderName, build_encoder, projection_head
-from sslfast.training import UserError, data, optimizers
+from sslfast.training import UserError, data, distributed, optimizers
 from sslfast.training.loop import Loop, begin, best_precision, check, parse
 from sslfast.transforms import SimCLRTransform
 
@@ -83,6 +83,8 @@ class SimCLR:
     """Where to train: cpu, cuda, cuda:1, …"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of encoder and head; auto: bfloat16 where the hardware multiplies matrices in it."""
+    sync_batchnorm: bool = False
+    """Under torchrun: BatchNorm sees the batch of all ranks instead of each rank its own part."""
     compile: bool = False
     """Compile the model with torch.compile: a minute at the start, faster steps."""
     workers: int = 2
@@ -99,11 +101,13 @@ class SimCLR:
 
 def main(args: list[str] | None = None) -> None:
     """The command `sslfast simclr`."""
-    config = parse(SimCLR, "simclr", args)
-    run = train(config)
+    with distributed.session():
+        config = parse(SimCLR, "simclr", args)
+        run = train(config)
+        main_rank = distributed.is_main()
     if run is None:
         raise SystemExit(130)  # as a shell reports a process that was interrupted
-    if config.evaluate:
+    if config.evaluate and main_rank:
         from sslfast.evaluation import evaluate
 
         evaluate.evaluate(run)
@@ -116,7 +120,8 @@ def train(config: SimCLR) -> Path | None:
     check(config, positive, not_negative, at_most_1=("crop_scale", "flip", "blur"))
     if config.encoder == "small" and config.size % 2:
         raise UserError(f"--size must be even for the small encoder, not {config.size}")
-    images = data.load(config.data, "train", config.data_dir)
+    with distributed.one_rank_first():
+        images = data.load(config.data, "train", config.data_dir)
     steps_per_epoch = len(images) // config.batch_size
     if steps_per_epoch == 0:
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
@@ -127,11 +132,12 @@ def train(config: SimCLR) -> Path | None:
     run = begin(config, "simclr", channels=images.channels)
 
     torch.manual_seed(config.seed)
-    device = torch.device(config.device)
+    device = distributed.local_device(config.device)
     encoder, features = build_encoder(config.encoder, images.channels)
     head = projection_head(features, config.head_hidden, config.head_features, config.head_layers)
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device).to(memory_format=torch.channels_last)
-    forward = torch.compile(model) if config.compile else model
+    wrapped = distributed.wrap(model, config.sync_batchnorm)
+    forward = torch.compile(wrapped) if config.compile else wrapped
     transform = SimCLRTransform(
         config.size,
         strength=config.color,
@@ -143,7 +149,7 @@ def train(config: SimCLR) -> Path | None:
         memory_format=torch.channels_last,
         seed=config.seed,
     )
-    criterion = NTXentLoss(config.temperature)
+    criterion = NTXentLoss(config.temperature, gather_distributed=True)
     groups = optimizers.parameter_groups(model, config.weight_decay)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "lars":

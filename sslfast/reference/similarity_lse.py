@@ -15,6 +15,12 @@ def similarity_lse(
     columns: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(lse, lse_columns or None), both float64; see sslfast.ops.similarity_lse."""
+    logits, out = _logits(queries, keys, scale, exclude, key_bias)
+    return _logsumexp(logits, out, 1), _logsumexp(logits, out, 0) if columns else None
+
+
+def _logits(queries, keys, scale, exclude, key_bias) -> tuple[Tensor, Tensor]:
+    """(logits, which of them are left out), float64 and bool."""
     compute = torch.float64 if queries.dtype == torch.float64 else torch.float32
     queries = queries.to(compute)
     logits = scale * (queries @ (queries if keys is None else keys.to(compute)).T)
@@ -29,8 +35,7 @@ def similarity_lse(
     if key_bias is not None:
         out |= key_bias == float("-inf")
         logits = logits + key_bias.to(logits.dtype).masked_fill(key_bias == float("-inf"), 0)
-    logits = logits.double()
-    return _logsumexp(logits, out, 1), _logsumexp(logits, out, 0) if columns else None
+    return logits.double(), out
 
 
 def _logsumexp(logits: Tensor, out: Tensor, dim: int) -> Tensor:
@@ -38,10 +43,6 @@ def _logsumexp(logits: Tensor, out: Tensor, dim: int) -> Tensor:
     empty = out.all(dim)
     lse = logits.masked_fill(out & ~empty.unsqueeze(dim), float("-inf")).logsumexp(dim)
     return lse.masked_fill(empty, float("-inf"))
-
-
-def _share(own: Tensor, lse: Tensor) -> Tensor:
-    return torch.exp((own - lse).masked_fill(lse == float("-inf"), float("-inf")))
 
 
 def similarity_lse_backward(
@@ -56,14 +57,15 @@ def similarity_lse_backward(
     grad_columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """(grad_queries, grad_keys or None, grad_scale) for an lse that may be of a larger set; see sslfast.ops."""
-    compute = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    q, s = queries.detach().to(compute).requires_grad_(), scale.detach().double().requires_grad_()
-    k = None if keys is None else keys.detach().to(compute).requires_grad_()
-    with torch.enable_grad():
-        own, own_columns = similarity_lse(q, k, s, exclude, key_bias, lse_columns is not None)
-        # d/dx of exp(own − lse) is Σ_j exp(l_ij − lse_i)·dl_ij/dx: nothing else depends on which lse is given.
-        total = (_share(own, lse) * grad_lse).sum()
-        if own_columns is not None and lse_columns is not None and grad_columns is not None:
-            total = total + (_share(own_columns, lse_columns) * grad_columns).sum()
-        grad_queries, grad_scale, *grad_keys = torch.autograd.grad(total, (q, s) if k is None else (q, s, k))
-    return grad_queries.to(queries.dtype), grad_keys[0].to(queries.dtype) if grad_keys else None, grad_scale.to(scale)
+    logits, out = _logits(queries, keys, scale, exclude, key_bias)
+    # The gradient of logit_ij. Where nothing was summed, lse is −∞ and all of its row is left out.
+    gradient = torch.exp(logits - lse[:, None]) * grad_lse[:, None]
+    if lse_columns is not None and grad_columns is not None:
+        gradient = gradient + torch.exp(logits - lse_columns) * grad_columns
+    gradient = gradient.masked_fill(out, 0.0)
+    q, k = queries.double(), (queries if keys is None else keys).double()
+    grad_scale = (gradient * (q @ k.T)).sum().reshape(scale.shape).to(scale)
+    grad_queries, grad_keys = scale * (gradient @ k), scale * (gradient.T @ q)
+    if keys is None:
+        return (grad_queries + grad_keys).to(queries.dtype), None, grad_scale
+    return grad_queries.to(queries.dtype), grad_keys.to(keys.dtype), grad_scale

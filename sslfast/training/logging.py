@@ -65,3 +65,25 @@ class RunLog:
         self.bar.close()
         self.file.close()
         self.tensorboard.close()
+
+
+class NoLog(RunLog):
+    """The log of the ranks that write nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def progress(self, samples: int) -> None:
+        pass
+
+    def scalars(self, step: int, epoch: int, **values: float) -> None:
+        pass
+
+    def position(self) -> int:
+        return 0
+
+    def say(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

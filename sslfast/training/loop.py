@@ -14,8 +14,9 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from sslfast.training import UserError, checkpoint, data
-from sslfast.training.logging import RunLog
+from sslfast.distributed import world_size
+from sslfast.training import UserError, checkpoint, data, distributed
+from sslfast.training.logging import NoLog, RunLog
 
 Config = TypeVar("Config")
 """A method's dataclass of settings. It has at least the fields that this file uses, under the same names."""
@@ -27,17 +28,24 @@ MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
 def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Config:
     """Return the settings that a command line asks for; with --resume, those that the run began with.
 
-    Raises UserError for a setting that cannot change on resume, and for a folder that another method began.
+    Started again by torchrun after the death of a rank, the same command line continues its --run. Raises UserError for
+    a setting that cannot change on resume, and for a folder that another method began.
     """
     config: Any = tyro.cli(kind, args=args, prog=f"sslfast {method}")
-    if not config.resume:
+    if distributed.may_restart() and not (config.run or config.resume):
+        raise UserError("torchrun --max-restarts needs --run FOLDER, where a restart finds the checkpoints")
+    again = distributed.restarted() and not config.resume
+    folder = config.run if again else config.resume
+    if not folder or (again and not distributed.on_main((Path(folder) / "config.json").exists)):
         return config
-    settings = checkpoint.load_config(Path(config.resume))
+    settings = distributed.on_main(lambda: checkpoint.load_config(Path(folder)))
     if settings["method"] != method:
         began = settings["method"]
-        raise UserError(f"{config.resume} is a run of {began}: sslfast {began} --resume {config.resume} continues it")
+        raise UserError(f"{folder} is a run of {began}: sslfast {began} --resume {folder} continues it")
     names = {field.name for field in dataclasses.fields(config)}
     saved = {name: value for name, value in settings.items() if name in names}
+    if again:
+        return dataclasses.replace(config, **saved | {"resume": folder})
     config = tyro.cli(kind, args=args, prog=f"sslfast {method}", default=dataclasses.replace(config, **saved))
     for name, old in saved.items():
         if name not in MAY_CHANGE_ON_RESUME and getattr(config, name) != old:
@@ -47,6 +55,10 @@ def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Con
 
 def begin(config: Any, method: str, **facts: Any) -> Path:
     """Make the folder of a run and keep its settings and ``facts`` in config.json, or continue the one of --resume."""
+    return distributed.on_main(lambda: _begin(config, method, **facts))
+
+
+def _begin(config: Any, method: str, **facts: Any) -> Path:
     if config.resume:
         folder = Path(config.resume)
         settings = checkpoint.load_config(folder) | {"epochs": config.epochs}
@@ -60,7 +72,7 @@ def begin(config: Any, method: str, **facts: Any) -> Path:
 def check(
     config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = (), at_most_1: Sequence[str] = ()
 ) -> None:
-    """Raise UserError for a number out of its range or a device that cannot be used, naming the option."""
+    """Raise UserError for a number out of its range or settings that this machine cannot use, naming the option."""
     for name in positive:
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"{option(name)} must be more than 0, not {getattr(config, name)}")
@@ -70,6 +82,8 @@ def check(
     for name in at_most_1:
         if not getattr(config, name) <= 1:
             raise UserError(f"{option(name)} must be at most 1, not {getattr(config, name)}")
+    if config.batch_size % world_size():
+        raise UserError(f"--batch-size {config.batch_size} cannot be dealt evenly to {world_size()} ranks")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
@@ -100,12 +114,13 @@ class Loop:
     Args:
         folder: of the run, as `begin` returned it.
         config: the settings, of which epochs, batch_size, seed, resume, device, workers, corrupt, log_every and
-            checkpoint_seconds are used here.
+            checkpoint_seconds are used here. batch_size is that of all ranks together.
         model: all that belongs into the checkpoint's weights.safetensors, evaluated or not: parameters and buffers.
         state: by name, what else has a state_dict() that a checkpoint must hold.
         steps_per_epoch: batches in an epoch.
 
-    On Ctrl-C and SIGTERM it saves, says how to go on, and ends `batches` with `stopped` set.
+    On Ctrl-C and SIGTERM it saves, says how to go on, and ends `batches` with `stopped` set. Of several ranks, each
+    gets its part of every batch, the main one writes, and all stop together.
     """
 
     def __init__(self, folder: Path, config: Any, model: nn.Module, state: dict[str, Any], steps_per_epoch: int):
@@ -114,15 +129,17 @@ class Loop:
         self.total_steps = config.epochs * steps_per_epoch
         self.step, self.stopped = 0, False
         log_position = 0
-        if config.resume and (loaded := checkpoint.load(folder, config.device)):
+        if config.resume and (loaded := distributed.on_main(lambda: checkpoint.load(folder))):
             weights, saved = loaded
             model.load_state_dict(weights)
             for name, part in state.items():
                 part.load_state_dict(saved[name])
             torch.set_rng_state(saved["random"])
             self.step, log_position = saved["step"], saved["log_position"]
-            print(f"continuing {folder} at step {self.step} of {self.total_steps}")
-        self.log = RunLog(folder, self.total_steps, first_step=self.step, resume_at=log_position)
+            if distributed.is_main():
+                print(f"continuing {folder} at step {self.step} of {self.total_steps}")
+        log = RunLog if distributed.is_main() else NoLog
+        self.log = log(folder, self.total_steps, first_step=self.step, resume_at=log_position)
 
     def __enter__(self) -> "Loop":
         self.cleanup = contextlib.ExitStack()
@@ -134,14 +151,22 @@ class Loop:
     def __exit__(self, *exception) -> None:
         self.cleanup.close()
 
-    def batches(self, images: data.Images) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
-        """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does."""
+    def batches(
+        self, images: data.Images, square: int | None = None
+    ) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
+        """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part."""
         config = self.config
         while self.step < self.total_steps:
             epoch = self.step // self.steps_per_epoch
             order = data.epoch_order(len(images), config.seed, epoch)[: self.steps_per_epoch * config.batch_size]
             rows = order.reshape(self.steps_per_epoch, config.batch_size)[self.step % self.steps_per_epoch :]
-            for pixels, ids in data.batches(images, rows, config.workers, corrupt=config.corrupt):
+            own = rows[:, distributed.share(config.batch_size)]
+            for pixels, ids in data.batches(images, own, config.workers, square, config.corrupt):
+                if not isinstance(
+                    images.source, Tensor
+                ):  # a rank with a corrupt file has fewer: losses need equally many on all
+                    least = distributed.smallest(len(ids))
+                    pixels, ids = pixels[:least], ids[:least]
                 yield epoch, pixels, ids
                 if self.stopped:
                     return
@@ -149,17 +174,19 @@ class Loop:
     def end_step(self, samples: int, **values: float | Tensor) -> None:
         """Count a finished step of so many samples; log ``values``, save a checkpoint and stop where it is time to.
 
-        Raises UserError, and leaves the checkpoints as they are, if a value or a weight is not finite then.
+        Of several ranks, each brings its own number of samples; of tensors among the values, the mean over ranks is
+        logged. Raises UserError, and leaves the checkpoints as they are, if a value or a weight is not finite then.
         """
         epoch = self.step // self.steps_per_epoch + 1
         self.step += 1
-        self.log.progress(samples)
+        self.log.progress(samples * world_size())
         last = self.step == self.total_steps
-        self.stopped = self.stop_signal()
-        save_now = self.stopped or last or time.monotonic() - self.last_save > self.config.checkpoint_seconds
+        due = time.monotonic() - self.last_save > self.config.checkpoint_seconds
+        self.stopped, due = distributed.any_rank(self.stop_signal(), due)
+        save_now = self.stopped or last or due
         log_now = last or self.step % self.config.log_every == 0
         if save_now or log_now:
-            numbers = {k: v.item() if isinstance(v, Tensor) else v for k, v in values.items()}
+            numbers = {k: distributed.mean(v).item() if isinstance(v, Tensor) else v for k, v in values.items()}
             finite = all(map(math.isfinite, numbers.values()))
             if not finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise UserError(
@@ -170,7 +197,7 @@ class Loop:
                 self.log.scalars(self.step, epoch, **numbers)
         if save_now:
             self.save()
-        if self.stopped:
+        if self.stopped and distributed.is_main():
             method = checkpoint.load_config(self.folder)["method"]
             self.log.say(
                 f"\nstopped at step {self.step} of {self.total_steps}; go on with: "
@@ -181,7 +208,9 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
+        self.last_save = time.monotonic()
+        if not distributed.is_main():
+            return
         state = {name: part.state_dict() for name, part in self.state.items()}
         state |= {"step": self.step, "log_position": self.log.position(), "random": torch.get_rng_state()}
         checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-        self.last_save = time.monotonic()
