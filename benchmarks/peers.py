@@ -115,3 +115,30 @@ class InTwoProcesses:
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.send(False)
+
+
+# Rotation: each takes images (n, C, S, S) and returns all four rotations (4·n, C, S, S) and their labels.
+
+
+def rotate4_rot90(images: Tensor) -> tuple[Tensor, Tensor]:
+    rotated = torch.cat([torch.rot90(images, k, (2, 3)) for k in range(4)])
+    return rotated, torch.arange(4).repeat_interleave(len(images))
+
+
+def rotate4_loop(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Image by image, by transposing and flipping, as mimicry's SSGAN turns the images of a batch."""
+    turn = [
+        lambda image: image,
+        lambda image: image.transpose(2, 3).flip(2),
+        lambda image: image.flip(2).flip(3),
+        lambda image: image.transpose(2, 3).flip(3),
+    ]
+    rotated, labels = [], []
+    for k in range(4):
+        for image in images:
+            rotated.append(turn[k](image.unsqueeze(0)))
+            labels.append(torch.from_numpy(np.array([k])))
+    return torch.cat(rotated), torch.cat(labels)
+
+
+ROTATE4 = {"torch.rot90": rotate4_rot90, "image by image": rotate4_loop}

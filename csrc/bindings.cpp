@@ -5,6 +5,7 @@
 #include "csrc/common/cpu_dispatch.h"
 #include "csrc/ops/augment.h"
 #include "csrc/ops/info_nce.h"
+#include "csrc/ops/rotate4.h"
 
 namespace {
 
@@ -48,5 +49,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox4x32",                 &philox4x32_words);
   m.def("info_nce_forward",           &info_nce_forward);
   m.def("info_nce_backward",          &info_nce_backward);
+  m.def("rotate4_forward",            &rotate4_forward);
+  m.def("rotate4_backward",           &rotate4_backward);
   // clang-format on
 }

@@ -27,7 +27,7 @@ from sslfast import _C
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 ALL = slice(None)
-CUDA_FUNCTIONS = {"info_nce_forward": ALL, "info_nce_backward": ALL}
+CUDA_FUNCTIONS = {"info_nce_forward": ALL, "info_nce_backward": ALL, "rotate4_forward": ALL, "rotate4_backward": ALL}
 BACKENDS = [*(f"cpu-{name}" for name in _C.available_cpu_capabilities()), "cuda-emulated", "cuda"]
 
 

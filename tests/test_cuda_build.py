@@ -64,7 +64,7 @@ def test_tensor_cores_and_wide_copies(folder, source):
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     functions = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", sass, re.S))
     matrix = {name: code for name, code in functions.items() if any(kernel in name for kernel in MATRIX_KERNELS)}
-    assert matrix
+    assert matrix or source.stem != "info_nce_kernel"
     for name, code in matrix.items():
         products = set(re.findall(r"HMMA\.(\d+)\.F32", code))
         assert products == {"1688" if "Tf32" in name else "16816"}, name

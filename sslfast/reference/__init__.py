@@ -1,3 +1,3 @@
-from sslfast.reference import augment, info_nce, similarity_lse
+from sslfast.reference import augment, info_nce, rotate4, similarity_lse
 
-__all__ = ["augment", "info_nce", "similarity_lse"]
+__all__ = ["augment", "info_nce", "rotate4", "similarity_lse"]

@@ -4,6 +4,7 @@
 #include <torch/extension.h>
 
 #include "csrc/ops/info_nce.h"
+#include "csrc/ops/rotate4.h"
 #include "tests/cuda_emulator/emulator.h"
 #include "tests/cuda_emulator/faulty_kernels.h"
 
@@ -88,6 +89,8 @@ void set_order(const std::string& name) {
 PYBIND11_MODULE(sslfast_emulated, m) {
   m.def("info_nce_forward", on_device(&sslfast::info_nce_forward));
   m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
+  m.def("rotate4_forward", on_device(&sslfast::rotate4_forward));
+  m.def("rotate4_backward", on_device(&sslfast::rotate4_backward));
   m.def("set_order", &set_order);
   m.def("counters", &counters);
   m.def("reset_counters", &cuda_emulator::reset_counters);

@@ -16,6 +16,7 @@
 #include <cstring>
 
 #include "csrc/common/color.h"
+#include "csrc/common/float16.h"
 #include "csrc/common/vec.h"
 #include "csrc/ops/augment.h"
 
@@ -316,26 +317,6 @@ float sum_of_grey(int channels, const float* image, int64_t plane, int64_t begin
 }
 
 // ---------------------------------------------------------------------------------------------------- output
-
-SSLFAST_INLINE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
-
-// To nearest, ties to even; NaN stays NaN.
-SSLFAST_INLINE uint16_t to_bfloat16(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(x != x ? 0x7FC0u : rounded);
-}
-
-SSLFAST_INLINE uint16_t to_float16(float x) {
-  const uint32_t bits = bits_of(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  // Normal: rebias the exponent by 112 and round. Subnormal: adding 0.5 lines the mantissa up and rounds it.
-  const uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  const uint32_t subnormal = bits_of(__builtin_bit_cast(float, magnitude) + 0.5f) - 0x3F000000u;
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= 0x477FF000u ? 0x7C00u : half;  // 65520 and more
-  half = magnitude > 0x7F800000u ? 0x7E00u : half;
-  return static_cast<uint16_t>(sign | half);
-}
 
 template <c10::ScalarType kDtype>
 SSLFAST_INLINE auto convert(float x) {

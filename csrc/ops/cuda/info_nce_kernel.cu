@@ -27,6 +27,7 @@
 // Beyond that each row and each column of a tile follows its own running maximum, for several exps an element.
 //
 // Determinism: no atomics; the division of work depends on N, D and the type alone.
+#include "csrc/common/convert.cuh"
 #include "csrc/common/cp_async.cuh"
 #include "csrc/common/launch.cuh"
 #include "csrc/common/memory.cuh"
@@ -92,19 +93,6 @@ struct Workspace {
 };
 
 // ---- pieces that kernels share
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-template <typename T>
-__device__ __forceinline__ T from_float(float x) {
-  if constexpr (sizeof(T) == 4)
-    return x;
-  else if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(x);
-  else
-    return __float2bfloat16_rn(x);
-}
 
 /// Elements d… of a row of `dim`, zeros beyond its end. If aligned, rows are multiples of 16 bytes.
 template <typename T>
