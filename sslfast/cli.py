@@ -7,6 +7,7 @@ from sslfast.training import UserError
 
 COMMANDS = {
     "simclr": ("sslfast.methods.simclr", "train an encoder on unlabelled images with SimCLR"),
+    "moco": ("sslfast.methods.moco", "train an encoder on unlabelled images with MoCo v1, v2 or v3"),
     "evaluate": ("sslfast.evaluation.evaluate", "judge the encoder of a run: kNN, linear probe, pictures"),
     "augment-gallery": ("sslfast.evaluation.gallery", "draw what an augmentation makes of a data set"),
     "info": ("sslfast.info", "what was built, and what of it this machine uses"),

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from sslfast import _C
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 ALL = slice(None)
 CUDA_FUNCTIONS = {"info_nce_forward": ALL, "info_nce_backward": ALL, "rotate4_forward": ALL, "rotate4_backward": ALL}

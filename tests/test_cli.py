@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sslfast.cli import COMMANDS, main
+from sslfast.methods.moco import MoCo
 from sslfast.methods.simclr import SimCLR
 
 
@@ -30,13 +31,14 @@ def test_unknown_command(capsys):
     assert "no command 'simlcr'" in capsys.readouterr().err
 
 
-def test_help_of_simclr_explains_every_option(capsys):
+@pytest.mark.parametrize(("method", "settings"), [("simclr", SimCLR), ("moco", MoCo)])
+def test_help_of_a_method_explains_every_option(method, settings, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["simclr", "--help"])
+        main([method, "--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(SimCLR))
-    assert "sslfast simclr --data fashion-mnist --epochs 10" in said
+    assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(settings))
+    assert f"sslfast {method} --data fashion-mnist --epochs 10" in said
 
 
 def test_help_of_evaluate(capsys):

@@ -108,7 +108,9 @@ def load_encoder(run: Path | str, trained: bool = True) -> nn.Module:
     if trained:
         loaded = checkpoint.load(Path(run))
         if loaded is None:
-            raise UserError(f"{run} has no checkpoint yet: sslfast simclr --resume {run} goes on with the training")
+            raise UserError(
+                f"{run} has no checkpoint yet: sslfast {config['method']} --resume {run} goes on with the training"
+            )
         weights = {k.removeprefix("encoder."): v for k, v in loaded[0].items() if k.startswith("encoder.")}
         encoder.load_state_dict(weights)
     return encoder.eval()

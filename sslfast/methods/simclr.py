@@ -150,12 +150,7 @@ def train(config: SimCLR) -> Path | None:
         seed=config.seed,
     )
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
-    groups = optimizers.parameter_groups(model, config.weight_decay)
-    optimizer: torch.optim.Optimizer
-    if config.optimizer == "lars":
-        optimizer = optimizers.LARS(groups, lr=config.lr, momentum=config.momentum)
-    else:
-        optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
 
     with Loop(run, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
         for epoch, pixels, ids in loop.batches(images):

@@ -57,6 +57,12 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
+def build(name: str, model: nn.Module, lr: float, momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Return "sgd" or "lars" over the two `parameter_groups` of a model."""
+    kind = {"sgd": torch.optim.SGD, "lars": LARS}[name]
+    return kind(parameter_groups(model, weight_decay), lr=lr, momentum=momentum)
+
+
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
     """Return the factor of the learning rate at ``step`` (from 0): a linear rise to 1, then half a cosine down to 0."""
     if step < warmup_steps:
