@@ -30,6 +30,46 @@ def nt_xent_compiled() -> Callable[[Tensor, Tensor], Tensor]:
     return torch.compile(nt_xent_cross_entropy, dynamic=False)
 
 
+# Losses of normalised vectors with the temperature 0.1.
+
+
+def moco(query: Tensor, own: Tensor, queue: Tensor) -> Tensor:
+    logits = torch.cat([(query * own).sum(1, keepdim=True), query @ queue.T], dim=1)
+    return F.cross_entropy(logits * 10.0, torch.zeros(len(query), dtype=torch.int64))
+
+
+def info_nce() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    from info_nce import InfoNCE
+
+    return InfoNCE(0.1)
+
+
+def clip() -> Callable[[Tensor, Tensor], Tensor]:
+    from open_clip.loss import ClipLoss
+
+    loss, scale = ClipLoss(), torch.tensor(10.0, requires_grad=True)
+    return lambda images, texts: loss(images, texts, scale)
+
+
+def siglip() -> Callable[[Tensor, Tensor], Tensor]:
+    from open_clip.loss import SigLipLoss
+
+    loss, scale, bias = SigLipLoss(), torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
+    return lambda images, texts: loss(images, texts, scale, bias)
+
+
+def supcon() -> Callable[[Tensor, Tensor], Tensor]:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(0.1)
+
+
+def dcl() -> Callable[[Tensor, Tensor], Tensor]:
+    from lightly.loss import DCLLoss
+
+    return DCLLoss(0.1)
+
+
 # Augmentation: the SimCLR chain, without blur where kernel_size is 0, of one-channel images without what needs colours.
 # Each takes a list of (C, H, W) uint8 images and returns two (N, C, size, size) float32 tensors in [0, 1].
 

@@ -50,7 +50,8 @@ def results(saved: dict, benchmarks: list[dict]) -> dict:
         )
     machine, commit = saved["machine_info"], saved["commit_info"]
     versions = {}
-    for package in ("torch", "torchvision", "lightly", "kornia", "albumentations"):
+    packages = ("torch", "torchvision", "lightly", "kornia", "albumentations")
+    for package in (*packages, "info-nce-pytorch", "open_clip_torch", "pytorch-metric-learning"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -6,6 +6,7 @@
 #include "csrc/ops/augment.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
+#include "csrc/ops/similarity_lse.h"
 
 namespace {
 
@@ -51,5 +52,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("info_nce_backward",          &info_nce_backward);
   m.def("rotate4_forward",            &rotate4_forward);
   m.def("rotate4_backward",           &rotate4_backward);
+  m.def("similarity_lse_forward",     &similarity_lse_forward);
+  m.def("similarity_lse_backward",    &similarity_lse_backward);
   // clang-format on
 }

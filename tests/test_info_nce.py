@@ -308,12 +308,6 @@ def test_bad_arguments(name):
         nt_xent(*args, **kwargs)
 
 
-@pytest.mark.parametrize("arguments", [{"memory_bank_size": 4096}, {"memory_bank_size": (10, 8)}])
-def test_loss_says_what_is_not_implemented(arguments):
-    with pytest.raises(NotImplementedError, match=next(iter(arguments))):
-        NTXentLoss(**arguments)
-
-
 def test_loss_refuses_a_bad_temperature():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature: expected a positive number"):

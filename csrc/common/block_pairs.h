@@ -1,4 +1,5 @@
-// Visits every unordered pair of row blocks of a symmetric problem in parallel without two threads touching one block.
+// Visits pairs of blocks in parallel without two threads touching one block: every unordered pair of row blocks of a
+// symmetric problem, or every pair of a row block and a column block.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -24,6 +25,21 @@ void for_each_block_pair(int64_t blocks, const Visit& visit) {
         const int64_t a = k == 0 ? players - 1 : (round + k) % (players - 1);
         const int64_t b = (round + players - 1 - k) % (players - 1);
         if (a < blocks && b < blocks) visit(a < b ? a : b, a < b ? b : a);
+      }
+    });
+  }
+}
+
+/// Calls visit(i, j) once for each 0 ≤ i < rows and 0 ≤ j < columns, with the same promise. In round r of a Latin
+/// square, block i of the shorter side meets block i + r of the longer.
+template <typename Visit>
+void for_each_block_of_a_rectangle(int64_t rows, int64_t columns, const Visit& visit) {
+  const int64_t shorter = rows < columns ? rows : columns, longer = rows < columns ? columns : rows;
+  for (int64_t round = 0; round < longer; ++round) {
+    at::parallel_for(0, shorter, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        const int64_t other = (k + round) % longer;
+        rows < columns ? visit(k, other) : visit(other, k);
       }
     });
   }

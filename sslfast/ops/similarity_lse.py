@@ -5,14 +5,40 @@ The formulas: csrc/ops/similarity_lse.h, or sslfast/reference/similarity_lse.py 
 
 import math
 import numbers
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from sslfast import reference
+from sslfast import _C, reference
 from sslfast.ops._eager import is_plain_eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = ("cpu",)
+
+
+@overload
+def similarity_lse(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: float | Tensor,
+    *,
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    columns: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def similarity_lse(
+    queries: Tensor,
+    keys: Tensor | None,
+    scale: float | Tensor,
+    *,
+    exclude: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    columns: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def similarity_lse(
@@ -51,10 +77,14 @@ def similarity_lse(
     _check(queries, keys, scale, exclude, key_bias)
     if columns and keys is None:
         raise ValueError("columns: expected False with keys=None, where columns are rows")
+    if not _has_kernel(queries):
+        lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
+        return (lse, lse_columns) if lse_columns is not None else lse
     scale = _as_tensor(scale, queries)
-    differentiable = torch.is_grad_enabled()
-    keys_fixed = keys is not None and not keys.requires_grad and not columns
-    key_sum = differentiable and keys_fixed and (queries.requires_grad or scale.requires_grad)
+    # The gradient of the queries alone is ready with the forward pass.
+    others = (scale,) if keys is None else (scale, keys)
+    key_sum = torch.is_grad_enabled() and queries.requires_grad and not any(t.requires_grad for t in others)
+    key_sum = key_sum and keys is not None and not columns
     arguments = queries, keys, scale, exclude, key_bias, columns, key_sum
     plain = is_plain_eager(*(t for t in arguments if isinstance(t, Tensor)))
     forward = _SimilarityLse.apply if plain else torch.ops.sslfast.similarity_lse_forward
@@ -93,10 +123,18 @@ def similarity_lse_backward(
         _check_vector("lse_columns", lse_columns, keys)
         _check_vector("grad_columns", grad_columns, keys)
     scale = _as_tensor(scale, queries)
+    if not _has_kernel(queries):
+        return reference.similarity_lse.similarity_lse_backward(
+            queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
+        )
     grad_queries, grad_keys, grad_scale = torch.ops.sslfast.similarity_lse_backward(
         queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
     )
     return grad_queries, None if keys is None else grad_keys, grad_scale
+
+
+def _has_kernel(t: Tensor) -> bool:
+    return t.device.type == "cpu"
 
 
 def _as_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
@@ -161,24 +199,18 @@ def _compute_dtype(t: Tensor) -> torch.dtype:
 
 
 def _run_forward(queries, keys, scale, exclude, key_bias, columns, key_sum):
-    lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
-    total = queries.new_empty(0, dtype=_compute_dtype(queries))
-    if key_sum:  # the gradient of lse_i for scale·q_i
-        scaled, one = queries.to(total.dtype) * scale.to(total.dtype), scale.new_ones(())
-        total, *_ = reference.similarity_lse.similarity_lse_backward(
-            scaled, keys.to(total.dtype), one, lse, torch.ones_like(lse), exclude, key_bias
-        )
-    return lse, lse.new_empty(0) if lse_columns is None else lse_columns, total
+    if exclude is not None:
+        exclude = exclude.reshape(len(queries), -1)
+    return _C.similarity_lse_forward(queries, keys, scale, exclude, key_bias, columns, key_sum)
 
 
 def _run_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns):
-    grad_queries, grad_keys, grad_scale = reference.similarity_lse.similarity_lse_backward(
-        queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
-    )
-    return grad_queries, queries.new_empty(0) if grad_keys is None else grad_keys, grad_scale
+    if exclude is not None:
+        exclude = exclude.reshape(len(queries), -1)
+    return _C.similarity_lse_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns)
 
 
-@torch.library.custom_op("sslfast::similarity_lse_forward", mutates_args=())
+@torch.library.custom_op("sslfast::similarity_lse_forward", mutates_args=(), device_types=_DEVICES)
 def _forward(
     queries: Tensor,
     keys: Tensor | None,
@@ -199,7 +231,7 @@ def _(queries, keys, scale, exclude, key_bias, columns, key_sum):
     return lse, lse_columns, queries.new_empty(queries.shape if key_sum else (0,), dtype=_compute_dtype(queries))
 
 
-@torch.library.custom_op("sslfast::similarity_lse_backward", mutates_args=())
+@torch.library.custom_op("sslfast::similarity_lse_backward", mutates_args=(), device_types=_DEVICES)
 def _backward(
     queries: Tensor,
     keys: Tensor | None,
@@ -233,9 +265,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _gradients(ctx, run, grad_lse: Tensor, grad_columns: Tensor | None):
     queries, keys, scale, exclude, key_bias, lse, lse_columns, key_sum = ctx.saved_tensors
     if ctx.has_key_sum:
-        weighted = key_sum * (grad_lse * scale).to(key_sum.dtype)[:, None]
-        grad_scale = (queries * key_sum).sum(1, dtype=torch.float64) @ grad_lse
-        grads = weighted.to(queries.dtype), None, grad_scale.to(scale.dtype).reshape(scale.shape)
+        grads = (key_sum * (grad_lse * scale).to(key_sum.dtype)[:, None]).to(queries.dtype), None, None
     else:
         columns = (lse_columns, grad_columns) if ctx.columns else (None, None)
         grads = run(queries, keys, scale, lse, grad_lse, exclude, key_bias, *columns)

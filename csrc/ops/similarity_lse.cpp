@@ -1,0 +1,242 @@
+#include "csrc/ops/similarity_lse.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "csrc/common/check.h"
+#include "csrc/common/scratch.h"
+
+namespace sslfast {
+namespace {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+void check_rows(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  check_dim(t, 2, name);
+  check_floating(t, name);
+  TORCH_CHECK_VALUE(t.numel() > 0, name, ": expected at least one row and one column, got shape ", t.sizes());
+  TORCH_CHECK_VALUE(t.size(1) == like.size(1), name, ": expected ", like.size(1), " columns, got shape ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected ", like.scalar_type(), ", got ",
+                   t.scalar_type());
+  TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
+}
+
+void check_vector(const at::Tensor& t, int64_t size, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.is_cpu(), name, ": expected shape [", size,
+                    "] on the CPU, got ", t.sizes(), " on ", t.device());
+}
+
+/// Blocks as large as leave eight of them, so that threads find work.
+int64_t block_of(int64_t padded, int64_t largest) {
+  return std::clamp(round_up(padded / 8, kSimilarityLsePad), kSimilarityLsePad, largest);
+}
+
+/// Checked and contiguous inputs on the CPU, sizes and the scratch that both directions need.
+struct CpuCall {
+  at::Tensor queries, keys, exclude, bias;  // keys, exclude, bias: undefined if there are none
+  SimilarityLseProblem problem{};
+  at::TensorOptions acc;
+  int64_t acc_bytes, padded_rows, padded_keys, padded_dim;
+  Scratch scratch;
+
+  CpuCall(const at::Tensor& given_queries, const OptionalTensor& given_keys, const at::Tensor& scale,
+          const OptionalTensor& given_exclude, const OptionalTensor& key_bias) {
+    check_rows(given_queries, "queries", given_queries);
+    if (given_keys) check_rows(*given_keys, "keys", given_queries);
+    TORCH_CHECK_VALUE(scale.numel() == 1, "scale: expected one element, got shape ", scale.sizes());
+    queries = given_queries.contiguous();
+    if (given_keys) keys = given_keys->contiguous();
+    const auto dtype = queries.scalar_type();
+    acc = queries.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat).requires_grad(false);
+    acc_bytes = dtype == at::kDouble ? 8 : 4;
+
+    problem.dtype = dtype;
+    problem.rows = queries.size(0);
+    problem.keys = keys.defined() ? keys.size(0) : problem.rows;
+    problem.dim = queries.size(1);
+    problem.query_data = queries.const_data_ptr();
+    problem.key_data = keys.defined() ? keys.const_data_ptr() : nullptr;
+    problem.scale = scale.item<double>();
+    if (given_exclude) read_exclude(*given_exclude);
+    if (key_bias) {
+      check_vector(*key_bias, problem.keys, "key_bias");
+      bias = key_bias->to(acc.dtype()).contiguous();
+      problem.key_bias = bias.const_data_ptr();
+    }
+    padded_rows = round_up(problem.rows, kSimilarityLsePad);
+    padded_keys = round_up(problem.keys, kSimilarityLsePad);
+    padded_dim = round_up(problem.dim, kSimilarityLsePad);
+    const auto capability = cpu_capability();
+    // Three bfloat16 terms pay where tiles are full.
+    const bool large = problem.rows >= 32 && problem.keys >= 64;
+    problem.plan.bf16_products = dtype == at::kBFloat16
+                                     ? capability >= CpuCapability::Avx512Bf16
+                                     : dtype != at::kDouble && large && capability >= CpuCapability::Amx;
+  }
+
+  bool symmetric() const { return problem.key_data == nullptr; }
+  int64_t largest_block() const { return problem.plan.bf16_products ? 256 : 128; }
+
+  /// Tiles that meet in rounds.
+  void plan_rounds() {
+    problem.plan.row_block = block_of(padded_rows, largest_block());
+    problem.plan.key_block = block_of(padded_keys, largest_block());
+  }
+
+  /// Groups of row blocks × segments of the keys: a few dozen tasks. The sums of the keys are kept for each segment.
+  void plan_tasks(bool key_sum) {
+    auto& plan = problem.plan;
+    plan.row_block = std::min(padded_rows, largest_block());
+    plan.key_block = block_of(padded_keys, largest_block());
+    const int64_t row_blocks = blocks(padded_rows, plan.row_block);
+    plan.group_blocks = std::max(1024 / plan.row_block, blocks(row_blocks, kSimilarityLseMaxParts));
+    plan.groups = blocks(row_blocks, plan.group_blocks);
+    const int64_t key_blocks = blocks(padded_keys, plan.key_block);
+    const int64_t segments =
+        std::clamp<int64_t>(blocks(key_sum ? 32 : kSimilarityLseMaxParts, plan.groups), 1, key_blocks);
+    plan.segment_blocks = blocks(key_blocks, segments);
+    plan.segments = blocks(key_blocks, plan.segment_blocks);
+  }
+
+  struct Offsets {
+    Scratch::Offset row_bias, column_bias, packed_queries, tiles, hidden;
+  } offsets;
+
+  Scratch::Offset reserve(int64_t elements) { return scratch.reserve_bytes(elements * acc_bytes); }
+
+  void reserve_common() {
+    const auto& plan = problem.plan;
+    const int64_t threads = at::get_num_threads();
+    problem.tile_bytes = plan.row_block * plan.key_block * (plan.bf16_products ? 12 : acc_bytes);
+    problem.hidden_count = (plan.row_block + plan.key_block) * problem.exclude_count;
+    offsets = {reserve(padded_rows), reserve(padded_keys), reserve((symmetric() ? 5 : 3) * padded_rows * padded_dim),
+               scratch.reserve_bytes(threads * problem.tile_bytes), reserve(threads * problem.hidden_count)};
+  }
+
+  void allocate() {
+    scratch.allocate();
+    problem.row_bias = scratch.at(offsets.row_bias);
+    problem.column_bias = scratch.at(offsets.column_bias);
+    problem.packed_queries = scratch.at(offsets.packed_queries);
+    problem.tiles = scratch.at(offsets.tiles);
+    problem.hidden = scratch.at(offsets.hidden);
+  }
+
+ private:
+  void read_exclude(const at::Tensor& given) {
+    TORCH_CHECK_VALUE(given.dim() == 2 && given.size(0) == problem.rows && given.scalar_type() == at::kLong,
+                      "exclude: expected int64 of shape [", problem.rows, ", any], got ", given.scalar_type(),
+                      " of shape ", given.sizes());
+    TORCH_CHECK_VALUE(given.is_cpu(), "exclude: expected a CPU tensor, got one on ", given.device());
+    exclude = given.contiguous();
+    problem.exclude = exclude.const_data_ptr<int64_t>();
+    problem.exclude_count = exclude.size(1);
+    for (int64_t at = 0; at < exclude.numel(); ++at)
+      TORCH_CHECK_VALUE(problem.exclude[at] >= -1 && problem.exclude[at] < problem.keys,
+                        "exclude: expected indices of keys from 0 to ", problem.keys - 1, ", or -1 for none, got ",
+                        problem.exclude[at]);
+  }
+};
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
+    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const OptionalTensor& exclude,
+    const OptionalTensor& key_bias, bool columns, bool key_sum) {
+  CpuCall call(queries, keys, scale, exclude, key_bias);
+  TORCH_CHECK_VALUE(!call.symmetric() || !(columns || key_sum), "columns, key_sum: expected keys");
+  call.symmetric() ? call.plan_rounds() : call.plan_tasks(key_sum);
+  const auto& p = call.problem;
+  const int64_t segments = call.symmetric() ? 1 : p.plan.segments, groups = columns ? p.plan.groups : 0;
+  const auto lse = at::empty({p.rows}, call.acc.dtype(at::kDouble));
+  const auto lse_columns = at::empty({columns ? p.keys : 0}, lse.options());
+  const auto sums = key_sum ? at::empty({p.rows, p.dim}, call.acc) : at::empty({0}, call.acc);
+
+  call.reserve_common();
+  auto& scratch = call.scratch;
+  const auto packed_keys =
+      call.reserve(call.symmetric() ? 0 : at::get_num_threads() * 3 * p.plan.key_block * call.padded_dim);
+  const auto row_max = call.reserve(segments * call.padded_rows);
+  const auto row_sum = scratch.reserve<double>(segments * call.padded_rows);
+  const auto column_max = call.reserve(groups * call.padded_keys);
+  const auto column_sum = scratch.reserve<double>(groups * call.padded_keys);
+  const auto key_sums = call.reserve(key_sum ? segments * call.padded_rows * call.padded_dim : 0);
+  call.allocate();
+
+  SimilarityLseForwardParams params{};
+  params.problem = p;
+  params.packed_keys = scratch.at(packed_keys);
+  params.row_max = scratch.at(row_max);
+  params.row_sum = scratch.at<double>(row_sum);
+  params.column_max = scratch.at(column_max);
+  params.column_sum = scratch.at<double>(column_sum);
+  params.key_sums = scratch.at(key_sums);
+  params.lse = lse.data_ptr<double>();
+  params.lse_columns = columns ? lse_columns.data_ptr<double>() : nullptr;
+  params.key_sum = key_sum ? sums.data_ptr() : nullptr;
+  SSLFAST_CPU_DISPATCH(launch_similarity_lse_forward_cpu, params);
+  return {lse, lse_columns, sums};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
+    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const at::Tensor& lse,
+    const at::Tensor& grad_lse, const OptionalTensor& exclude, const OptionalTensor& key_bias,
+    const OptionalTensor& lse_columns, const OptionalTensor& grad_columns) {
+  CpuCall call(queries, keys, scale, exclude, key_bias);
+  TORCH_CHECK_VALUE(lse_columns.has_value() == grad_columns.has_value() && !(lse_columns && call.symmetric()),
+                    "lse_columns, grad_columns: expected both or neither, and neither without keys");
+  call.plan_rounds();
+  const auto& p = call.problem;
+  const auto doubles = [](const at::Tensor& t, int64_t size, const char* name) {
+    check_vector(t, size, name);
+    return t.to(at::kDouble).contiguous();
+  };
+  const auto row_lse = doubles(lse, p.rows, "lse"), row_grad = doubles(grad_lse, p.rows, "grad_lse");
+  at::Tensor column_lse, column_grad;
+  if (lse_columns) {
+    column_lse = doubles(*lse_columns, p.keys, "lse_columns");
+    column_grad = doubles(*grad_columns, p.keys, "grad_columns");
+  }
+  const auto grad_queries = at::empty_like(call.queries);
+  const auto grad_keys = call.symmetric() ? at::empty({0}, call.queries.options()) : at::empty_like(call.keys);
+  const auto grad_scale = at::empty({}, call.acc.dtype(at::kDouble));
+
+  call.reserve_common();
+  auto& scratch = call.scratch;
+  const auto packed_keys = call.reserve(call.symmetric() ? 0 : 3 * call.padded_keys * call.padded_dim);
+  const auto row_shift = call.reserve(call.padded_rows), row_factor = call.reserve(call.padded_rows);
+  const auto column_shift = call.reserve(call.padded_keys), column_factor = call.reserve(call.padded_keys);
+  const auto row_sums = call.reserve(call.padded_rows * call.padded_dim);
+  const auto column_sums = call.reserve(call.padded_keys * call.padded_dim);
+  const auto row_scratch = call.reserve(2 * at::get_num_threads() * call.padded_dim);
+  const auto row_dot = scratch.reserve<double>(p.rows);
+  call.allocate();
+
+  SimilarityLseBackwardParams params{};
+  params.problem = p;
+  params.lse = row_lse.const_data_ptr<double>();
+  params.grad_lse = row_grad.const_data_ptr<double>();
+  params.lse_columns = lse_columns ? column_lse.const_data_ptr<double>() : nullptr;
+  params.grad_columns = lse_columns ? column_grad.const_data_ptr<double>() : nullptr;
+  params.packed_keys = scratch.at(packed_keys);
+  params.row_shift = scratch.at(row_shift);
+  params.row_factor = scratch.at(row_factor);
+  params.column_shift = scratch.at(column_shift);
+  params.column_factor = scratch.at(column_factor);
+  params.row_sums = scratch.at(row_sums);
+  params.column_sums = scratch.at(column_sums);
+  params.row_scratch = scratch.at(row_scratch);
+  params.row_dot = scratch.at<double>(row_dot);
+  params.grad_queries = grad_queries.data_ptr();
+  params.grad_keys = call.symmetric() ? nullptr : grad_keys.data_ptr();
+  params.grad_scale = grad_scale.data_ptr<double>();
+  SSLFAST_CPU_DISPATCH(launch_similarity_lse_backward_cpu, params);
+  return {grad_queries, grad_keys, grad_scale.reshape(scale.sizes()).to(scale.scalar_type())};
+}
+
+}  // namespace sslfast

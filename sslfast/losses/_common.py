@@ -1,0 +1,57 @@
+"""What the losses share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def normalize(t: Tensor) -> Tensor:
+    """Unit length along the last dimension, in float32 at least."""
+    return F.normalize(t.to(compute_dtype(t)), dim=-1)
+
+
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """⟨a_i, b_i⟩ in float64."""
+    dtype = compute_dtype(a)
+    return (a.to(dtype) * b.to(dtype)).sum(1, dtype=torch.float64)
+
+
+def reduce(losses: Tensor, reduction: str) -> Tensor:
+    return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
+
+
+def check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+
+
+def check_matrix(name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.dim() != 2 or t.shape[0] == 0 or t.shape[1] == 0:
+        raise ValueError(f"{name}: expected shape (batch, dim), neither of them 0, got {tuple(t.shape)}")
+
+
+def check_pairs(first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
+    """Two tensors of which row i and row i belong together."""
+    for name, t in (first, second):
+        check_matrix(name, t)
+    (name, a), (other, b) = first, second
+    if a.shape != b.shape:
+        raise ValueError(f"{other}: expected the shape of {name}, {tuple(a.shape)}, got {tuple(b.shape)}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{other}: expected the dtype of {name}, {a.dtype}, got {b.dtype}")
+    if a.device != b.device:
+        raise ValueError(f"{other}: expected the device of {name}, {a.device}, got {b.device}")
+
+
+def check_labels(name: str, labels: Tensor | None, rows: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(labels).__name__}")
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: expected shape ({rows.shape[0]},), a label a vector, got {tuple(labels.shape)}")
+    return labels

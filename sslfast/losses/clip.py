@@ -1,0 +1,140 @@
+"""Losses of images and their texts: CLIP and SigLIP."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslfast.losses._common import check_pairs, compute_dtype, row_dots
+from sslfast.ops.similarity_lse import similarity_lse
+
+_STRIP = 256  # rows of SigLIP's logits that are held at once
+
+
+class ClipLoss(nn.Module):
+    """The loss of CLIP, both directions from one pass; a drop-in for `open_clip.ClipLoss`.
+
+    >>> loss = ClipLoss()(image_features, text_features, logit_scale)  # (batch, dim) each; a number or a tensor
+
+    Call with image_features and text_features (batch, dim), normalised by the caller, logit_scale, which gets a
+    gradient, and logit_bias, which changes neither the loss nor a gradient, as it shifts all logits by the same. With
+    output_dict=True it returns {"contrastive_loss": loss}.
+
+    Args:
+        cache_labels: has no effect: there are no labels.
+        local_loss, gather_with_grad, rank, world_size: only world_size=1 for now.
+        use_horovod: only False.
+
+    Raises:
+        ValueError, TypeError: features of different shapes, dtypes or devices.
+        NotImplementedError: world_size > 1 or use_horovod.
+    """
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ):
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(f"world_size: only 1 is implemented, got {world_size}")
+        if use_horovod:
+            raise NotImplementedError("use_horovod: only False is implemented, got True")
+        self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
+        self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        check_pairs(("image_features", image_features), ("text_features", text_features))
+        own = torch.arange(len(image_features), device=image_features.device)
+        per_image, per_text = similarity_lse(image_features, text_features, logit_scale, exclude=own, columns=True)
+        positives = logit_scale * row_dots(image_features, text_features)
+        loss = (F.softplus(per_image - positives) + F.softplus(per_text - positives)).mean() / 2
+        if logit_bias is not None:
+            loss = loss + 0 * logit_bias
+        loss = loss.to(compute_dtype(image_features))
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class SigLipLoss(nn.Module):
+    """The sigmoid loss of SigLIP; a drop-in for `open_clip.SigLipLoss`.
+
+    >>> loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)
+
+    Σ_ij −log sigmoid(±(logit_scale·⟨image_i, text_j⟩ + logit_bias)) / batch, + for i = j. Call with image_features and
+    text_features (batch, dim), normalised by the caller; logit_scale and logit_bias get gradients. The logits are made
+    in strips of rows, each of which is used for the gradient before the next one is made.
+
+    Args:
+        cache_labels: has no effect: there are no labels.
+        rank, world_size, dist_impl: only world_size=1 for now.
+
+    Raises:
+        ValueError, TypeError: features of different shapes, dtypes or devices.
+        NotImplementedError: world_size > 1.
+    """
+
+    def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None):
+        super().__init__()
+        if world_size > 1:
+            raise NotImplementedError(f"world_size: only 1 is implemented, got {world_size}")
+        self.cache_labels, self.rank, self.world_size, self.dist_impl = cache_labels, rank, world_size, dist_impl
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+        output_dict: bool = False,
+    ) -> Tensor | dict[str, Tensor]:
+        check_pairs(("image_features", image_features), ("text_features", text_features))
+        dtype = compute_dtype(image_features)
+        scale, bias = (
+            torch.as_tensor(t, dtype=dtype, device=image_features.device)
+            for t in (logit_scale, 0.0 if logit_bias is None else logit_bias)
+        )
+        with torch.autocast(image_features.device.type, enabled=False):
+            loss = _SigmoidPairs.apply(image_features.to(dtype), text_features.to(dtype), scale, bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class _SigmoidPairs(torch.autograd.Function):
+    """SigLIP's loss of (B, D) images and texts; the gradients come with the forward pass, strip by strip."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        needed = any(ctx.needs_input_grad)
+        total = images.new_zeros((), dtype=torch.float64)
+        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        grad_bias = torch.zeros_like(total)
+        for first in range(0, len(images), _STRIP):
+            strip = images[first : first + _STRIP]
+            similarities = strip @ texts.T
+            logits = similarities * scale + bias
+            logits.diagonal(first).neg_()  # of −log sigmoid(−l), of which there is one for each pair
+            total += F.softplus(logits).sum(dtype=torch.float64)
+            if needed:
+                weights = logits.sigmoid_()
+                weights.diagonal(first).neg_()
+                grad_images[first : first + len(strip)] = weights @ texts
+                grad_texts.addmm_(weights.T, strip)
+                grad_bias += weights.sum(dtype=torch.float64)
+        if needed:
+            grad_scale = row_dots(images, grad_images).sum()
+            ctx.save_for_backward(grad_images * scale, grad_texts * scale, grad_scale, grad_bias)
+            ctx.batch = len(images)
+        return (total / len(images)).to(images.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return tuple((grad / ctx.batch * t).to(grad.dtype) for t in ctx.saved_tensors)

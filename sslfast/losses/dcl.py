@@ -1,0 +1,78 @@
+"""Decoupled contrastive losses."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslfast.losses._common import check_pairs, check_temperature, compute_dtype, normalize, row_dots
+from sslfast.ops.similarity_lse import similarity_lse
+
+
+def negative_mises_fisher_weights(out0: Tensor, out1: Tensor, sigma: float = 0.5) -> Tensor:
+    """The weights of DCLW for two (batch, dim) views: 2 − batch·softmax over the batch of ⟨out0_i, out1_i⟩/sigma."""
+    similarity = row_dots(out0.detach(), out1.detach()) / sigma
+    return (2 - len(out0) * F.softmax(similarity, dim=0)).to(compute_dtype(out0))
+
+
+class DCLLoss(nn.Module):
+    """NT-Xent without the positive in the sum, "decoupled"; a drop-in for `lightly.loss.DCLLoss`.
+
+    >>> loss = DCLLoss(temperature=0.1)(z1, z2)  # z1, z2: (batch, dim), two views of the same samples
+
+    Args:
+        temperature: positive number.
+        weight_fn: called with the normalised views, (batch, dim) each, and once more with the two exchanged; returns
+            the (batch,) weights of the positives' similarities. None: 1.
+        gather_distributed: only False for now.
+
+    Raises:
+        ValueError: a temperature that is not positive, or views that do not fit or have fewer than two rows.
+        NotImplementedError: gathering from other ranks.
+
+    Source: Yeh et al., "Decoupled Contrastive Learning", arXiv 2110.06848.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ):
+        super().__init__()
+        check_temperature(temperature)
+        if gather_distributed:
+            raise NotImplementedError("gather_distributed: only False is implemented, got True")
+        self.temperature, self.weight_fn, self.gather_distributed = temperature, weight_fn, gather_distributed
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        check_pairs(("out0", out0), ("out1", out1))
+        if len(out0) < 2:
+            raise ValueError(f"out0: expected at least two rows, since negatives are other samples, got {len(out0)}")
+        first, second = normalize(out0), normalize(out1)
+        batch = len(first)
+        rows = torch.arange(2 * batch, device=first.device)
+        lse = similarity_lse(torch.cat([first, second]), None, 1 / self.temperature, exclude=rows.roll(batch))
+        positives = (row_dots(first, second) / self.temperature).repeat(2)
+        if self.weight_fn is not None:
+            weights = torch.cat([self.weight_fn(first, second), self.weight_fn(second, first)])
+            positives = positives * weights
+        return (lse - positives).mean().to(first.dtype)
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}"
+
+
+class DCLWLoss(DCLLoss):
+    """DCLLoss with negative von-Mises-Fisher weights; a drop-in for `lightly.loss.DCLWLoss`.
+
+    Args:
+        temperature: positive number.
+        sigma: the weights' similarities are divided by it.
+        gather_distributed: only False for now.
+    """
+
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
+        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
