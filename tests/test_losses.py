@@ -275,6 +275,7 @@ def test_compile(name):
 @pytest.mark.parametrize("name", CALLS)
 def test_autocast_keeps_full_accuracy(name):
     a, b = views(30, 16)
+
     def within_autocast(a, b):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return CALLS[name](a, b)
