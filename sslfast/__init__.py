@@ -23,3 +23,5 @@ def _load_extension() -> None:
 
 
 _load_extension()
+
+from sslfast.patch import patch as patch  # noqa: E402

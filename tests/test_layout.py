@@ -29,6 +29,7 @@ LAYERS = [
     {"ops"},
     {"distributed"},
     {"losses", "transforms", "schedulers"},
+    {"patch"},
     {"models", "training"},
     {"evaluation"},
     {"methods"},
