@@ -2,7 +2,7 @@
 # make test     all tests                          make build     only install and build
 # make bench    all benchmarks against their peers, or one: make bench OP=info_nce
 # make lint     ruff, clang-format, mypy          make format    what they can repair themselves
-# make test-cuda    on a machine with a GPU: the tests of the CUDA kernels on the device, and what nvcc made of them
+# make test-cuda    on a machine with a GPU: tests and times of the CUDA kernels on it, into one file of results
 # make test-sanitize    the tests of the ops with AddressSanitizer and UBSan
 # make clean    remove everything that was made here, .venv included
 #
@@ -59,11 +59,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(SOURCES))
 
+# All of it goes on after a failure; what it printed is in $(CUDA_RESULTS), to be read, kept or sent.
+CUDA_RESULTS := benchmarks/results/cuda.txt
+CUDA_STEPS := "-m sslfast info" "-m sslfast selftest" "-m pytest -q -m cuda" "-m pytest -q tests/test_cuda_build.py" \
+              "benchmarks/cuda_times.py"
 test-cuda: $(READY)
-	$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("torch finds no CUDA device on this machine")'
-	$(BIN)/python -m sslfast info
-	$(BIN)/python -m pytest -m cuda $(ARGS)
-	$(BIN)/python -m pytest tests/test_cuda_build.py $(ARGS)
+	@$(BIN)/python -c 'import torch; torch.cuda.is_available() or exit("torch finds no CUDA device on this machine")'
+	@bash -o pipefail -c '{ for step in $(CUDA_STEPS); do echo; echo "== python $$step"; \
+		$(BIN)/python $$step || failed=1; done; exit $${failed:-0}; } 2>&1 | tee $(CUDA_RESULTS)'
 
 # A second copy of the package in build/sanitized, so that the normal build stays as it is.
 test-sanitize: $(READY)

@@ -16,7 +16,7 @@ def nt_xent_cross_entropy(z1: Tensor, z2: Tensor) -> Tensor:
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     logits = (z / TEMPERATURE) @ z.T
     logits.fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(len(z)).roll(len(z1)))
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z1)))
 
 
 def nt_xent_lightly() -> Callable[[Tensor, Tensor], Tensor]:

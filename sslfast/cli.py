@@ -10,6 +10,7 @@ COMMANDS = {
     "moco": ("sslfast.methods.moco", "train an encoder on unlabelled images with MoCo v1, v2 or v3"),
     "evaluate": ("sslfast.evaluation.evaluate", "judge the encoder of a run: kNN, linear probe, pictures"),
     "augment-gallery": ("sslfast.evaluation.gallery", "draw what an augmentation makes of a data set"),
+    "selftest": ("sslfast.selftest", "compare every kernel that this machine can run with the reference"),
     "info": ("sslfast.info", "what was built, and what of it this machine uses"),
 }
 

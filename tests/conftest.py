@@ -27,7 +27,13 @@ from sslfast import _C
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 
 ALL = slice(None)
-CUDA_FUNCTIONS = {"info_nce_forward": ALL, "info_nce_backward": ALL, "rotate4_forward": ALL, "rotate4_backward": ALL}
+CUDA_FUNCTIONS = {
+    "augment_forward": slice(1),
+    "info_nce_forward": ALL,
+    "info_nce_backward": ALL,
+    "rotate4_forward": ALL,
+    "rotate4_backward": ALL,
+}
 BACKENDS = [*(f"cpu-{name}" for name in _C.available_cpu_capabilities()), "cuda-emulated", "cuda"]
 
 
@@ -64,7 +70,8 @@ def emulator(monkeypatch):
     emulator.reset_counters()
     for name in CUDA_FUNCTIONS:
         monkeypatch.setattr(_C, name, getattr(emulator, name))
-    return emulator
+    yield emulator
+    emulator.run_all_blocks()
 
 
 @pytest.fixture
@@ -89,12 +96,18 @@ def on_device(function, places: slice):
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what runs CUDA kernels (cuda, emulated); drop cases that do not exist, since those take no float64."""
+    """Mark what runs CUDA kernels (cuda, emulated), and drop cases that do not exist.
+
+    CUDA kernels take no float64; a module may say CAPABILITIES where the others would only repeat them.
+    """
     kept = []
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         backend = parameters.get("backend", "")
+        capabilities = getattr(item.module, "CAPABILITIES", None)
         if backend.startswith("cuda") and parameters.get("dtype") == torch.float64:
+            continue
+        if backend.startswith("cpu") and capabilities and backend.removeprefix("cpu-") not in capabilities:
             continue
         fixtures = getattr(item, "fixturenames", ())
         if backend == "cuda" or "cuda_device" in fixtures:

@@ -5,21 +5,21 @@ import itertools
 import math
 from functools import partial
 
+import cuda_emulation
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from sslfast import _C, reference
+from sslfast import reference
 from sslfast.ops.augment import STEPS, AugmentDistribution, AugmentParams, augment, draw_params, image_sizes
 
-# The kernels beyond avx512 are other ops'.
-CAPABILITIES = [name for name in _C.available_cpu_capabilities() if name in ("default", "avx2", "avx512")]
+CAPABILITIES = ("default", "avx2", "avx512")  # those that have kernels of this op: conftest.py reads it
 INTERPOLATIONS = {"bilinear": TF.InterpolationMode.BILINEAR, "bicubic": TF.InterpolationMode.BICUBIC}
 SIMCLR = AugmentDistribution(
     brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, jitter_p=0.8, grayscale_p=0.2, blur_p=0.5
@@ -27,14 +27,6 @@ SIMCLR = AugmentDistribution(
 EVERYTHING = AugmentDistribution(
     brightness=0.8, contrast=0.8, saturation=0.8, hue=0.5, grayscale_p=0.3, blur_p=0.5, solarize_p=0.5
 )
-
-
-@pytest.fixture(params=CAPABILITIES, autouse=True)
-def capability(request):
-    before = _C.cpu_capability()
-    _C.set_cpu_capability(request.param)
-    yield request.param
-    _C.set_cpu_capability(before)
 
 
 def photos(n, height, width, channels=3, seed=0):
@@ -115,7 +107,7 @@ RESIZES = {  # output size, crop: top, left, height, width of a 67 × 83 image
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("interpolation", list(INTERPOLATIONS))
 @pytest.mark.parametrize("resize", list(RESIZES))
-def test_crop_and_resize_like_torchvision(resize, interpolation, antialias, channels):
+def test_crop_and_resize_like_torchvision(backend, resize, interpolation, antialias, channels):
     size, crop = RESIZES[resize]
     images = photos(2, 67, 83, channels)
     params = neutral(2, 67, 83, crop=crop)
@@ -139,7 +131,7 @@ STEP_VALUES = [
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("name", "value"), STEP_VALUES)
-def test_every_step_alone_like_torchvision(name, value, channels):
+def test_every_step_alone_like_torchvision(backend, name, value, channels):
     images = photos(3, 31, 45, channels)
     params = neutral(3, 31, 45, **{name: value})
     ours = augment(images, params, (31, 45), kernel_size=9)
@@ -150,7 +142,7 @@ def test_every_step_alone_like_torchvision(name, value, channels):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
-def test_every_order_of_jitter_like_torchvision(order):
+def test_every_order_of_jitter_like_torchvision(backend, order):
     images = photos(4, 32, 32)
     params = neutral(4, 32, 32, brightness=[1.6, 0.5, 1.2, 0.9], contrast=[0.4, 1.7, 1.1, 0.8])
     params.saturation[:] = torch.tensor([1.8, 0.3, 0.9, 1.3])
@@ -160,7 +152,7 @@ def test_every_order_of_jitter_like_torchvision(order):
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations((1, 4, 5, 6))))
-def test_steps_may_come_in_any_order(order):
+def test_steps_may_come_in_any_order(backend, order):
     """Contrast needs the mean of the image as it is then, wherever blur, greyscale and solarisation stand."""
     images = photos(2, 40, 44)
     params = neutral(2, 40, 44, contrast=1.5, grayscale=[True, False], sigma=1.2, solarize=0.6)
@@ -173,7 +165,7 @@ def test_steps_may_come_in_any_order(order):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("interpolation", list(INTERPOLATIONS))
 @pytest.mark.parametrize(("source", "size"), [((256, 256), (96, 96)), ((40, 37), (64, 64)), ((32, 32), (32, 32))])
-def test_whole_chain_like_torchvision(source, size, interpolation, channels):
+def test_whole_chain_like_torchvision(backend, source, size, interpolation, channels):
     images = photos(24, *source, channels)
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=7)
     arguments = {"interpolation": interpolation, "kernel_size": 9}
@@ -184,7 +176,7 @@ def test_whole_chain_like_torchvision(source, size, interpolation, channels):
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_normalised_chain_at_224_like_torchvision(channels):
+def test_normalised_chain_at_224_like_torchvision(backend, channels):
     images = photos(6, 256, 256, channels)
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=11)
     arguments = {"kernel_size": 23, "mean": [0.45, 0.5, 0.4][:channels], "std": [0.23, 0.22, 0.24][:channels]}
@@ -197,8 +189,8 @@ def test_normalised_chain_at_224_like_torchvision(channels):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
-def test_any_shape_like_the_reference_in_float64(data):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape_like_the_reference_in_float64(backend, data):
     channels, layout = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from(["CHW", "HWC"]))
     sides = st.integers(1, 70)
     images = [photos(1, data.draw(sides), data.draw(sides), channels)[0] for _ in range(data.draw(st.integers(1, 4)))]
@@ -227,7 +219,7 @@ def test_any_shape_like_the_reference_in_float64(data):
         assert (ours - truth).abs().max() <= 2e-5
 
 
-def test_one_output_column_is_one_output_row_turned():
+def test_one_output_column_is_one_output_row_turned(backend):
     images = photos(3, 23, 31)
     ours = augment(images, neutral(3, 23, 31), (40, 1))
     turned = augment(images.mT, neutral(3, 31, 23), (1, 40))
@@ -238,7 +230,7 @@ def test_one_output_column_is_one_output_row_turned():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_output_dtype_and_memory_format(channels, dtype, memory_format):
+def test_output_dtype_and_memory_format(backend, channels, dtype, memory_format):
     images = photos(5, 40, 40, channels)
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=3)
     arguments = {"kernel_size": 3, "mean": [0.5] * channels, "std": [0.001] * channels}
@@ -248,7 +240,7 @@ def test_output_dtype_and_memory_format(channels, dtype, memory_format):
     assert torch.equal(out, expected.to(dtype))
 
 
-def test_half_conversion_is_torchs_for_every_magnitude():
+def test_half_conversion_is_torchs_for_every_magnitude(backend):
     """Subnormal, overflowing and tied values too: the normalisation carries them through the output conversion."""
     images = torch.arange(2048, 4096).view(1, 1, 32, 64) / 4096  # every second one is a tie in float16
     for power in range(-40, 30):
@@ -260,7 +252,7 @@ def test_half_conversion_is_torchs_for_every_magnitude():
             assert torch.equal(out, exact.to(dtype)), (power, dtype)
 
 
-def test_float_images_give_what_bytes_give():
+def test_float_images_give_what_bytes_give(backend):
     images = photos(4, 50, 60)
     params = draw_params([SIMCLR], image_sizes(images), seed=5)
     expected = augment(images, params, 40)
@@ -268,7 +260,7 @@ def test_float_images_give_what_bytes_give():
     assert_equal_images(augment((images / 255).movedim(1, -1).contiguous(), params, 40), expected)
 
 
-def test_ragged_list_is_image_by_image():
+def test_ragged_list_is_image_by_image(backend):
     images = [photos(1, h, w, seed=h)[0] for h, w in ((70, 50), (33, 120), (9, 9), (1, 40), (200, 300))]
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=9)
     out = augment(images, params, (48, 40), kernel_size=5)
@@ -278,7 +270,7 @@ def test_ragged_list_is_image_by_image():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_strides_do_not_matter(channels):
+def test_strides_do_not_matter(backend, channels):
     images = photos(3, 40, 42, channels)
     params = draw_params([SIMCLR], image_sizes(images, "CHW"), seed=13)
     expected = augment(images, params, 32)
@@ -292,7 +284,14 @@ def test_strides_do_not_matter(channels):
     assert torch.equal(augment(images.movedim(1, -1), params, 32, layout="HWC"), expected)
 
 
-def test_nan_stays_nan_and_does_not_spread_to_other_images():
+def test_no_images(backend):
+    images = photos(2, 24, 24)
+    params = draw_params([SIMCLR] * 2, image_sizes(images), seed=1)
+    none = AugmentParams(*(value[:, :0] for value in params))
+    assert augment(images[:0], none, 16).shape == (2, 0, 3, 16, 16)
+
+
+def test_nan_stays_nan_and_does_not_spread_to_other_images(backend):
     images = photos(2, 24, 24) / 255
     images[0, 1, 5, 5] = math.nan
     params = draw_params([SIMCLR], image_sizes(images), seed=1)
@@ -302,7 +301,7 @@ def test_nan_stays_nan_and_does_not_spread_to_other_images():
     assert not out[0, 1].isnan().any()
 
 
-def test_same_bits_on_any_number_of_threads_and_in_any_batch():
+def test_same_bits_on_any_number_of_threads_and_in_any_batch(backend):
     images = photos(9, 64, 64)
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=2)
     expected = augment(images, params, 48, kernel_size=5)
@@ -331,6 +330,73 @@ def test_memory_of_an_output_is_reused_only_when_nobody_holds_it():
     addresses = {out.data_ptr() for out in outputs}
     del outputs
     assert make().data_ptr() in addresses
+
+
+# ------------------------------------------------------------------------------------------------------ only CUDA
+
+
+# The three ways of csrc/ops/cuda/augment_kernel.cu: size and kernel size; sigmas are drawn from 0.1 … 2, or large.
+WAYS = {"whole": ((40, 44), 9, 1), "tiles": ((70, 131), 23, 1), "scratch": ((75, 90), 71, 12)}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("way", list(WAYS))
+def test_cuda_gives_the_pixels_of_the_cpu_in_any_order_of_threads(emulator, monkeypatch, way, channels):
+    size, kernel_size, wider = WAYS[way]
+    images = photos(5, 90, 110, channels)
+    params = draw_params([EVERYTHING, SIMCLR], image_sizes(images), seed=21)
+    params.sigma.mul_(wider)
+    params.order[0, 1] = torch.tensor([5, 0, 2, 1, 3, 4, 6])  # the contrast looks at the blurred image
+    params.sigma[0, 1], params.contrast[0, 1] = 1.7 * wider, 0.6
+    params.solarize[params.solarize < 2] = 0.0  # no jump for rounding to decide
+    make = partial(augment, images, params, size, kernel_size=kernel_size)
+    views = []
+    for order in cuda_emulation.ORDERS:
+        emulator.set_order(order)
+        views.append(make())
+    assert all(torch.equal(view, views[0]) for view in views)
+    monkeypatch.undo()
+    assert (views[0] - make()).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_is_near_input_and_output_once(emulator, dtype):
+    images = photos(6, 256, 256)
+    params = draw_params([SIMCLR] * 2, image_sizes(images), seed=4)
+    emulator.reset_counters()
+    views = augment(images, params, 224, kernel_size=23, dtype=dtype)
+    counts = emulator.counters().values()
+    moved = sum(c["read_bytes"] + c["written_bytes"] for c in counts)
+    crops = params.crop[..., 2].double() * params.crop[..., 3]
+    sums_of_grey = 4 * 4 * 7 * params.crop[..., 0].numel()
+    floor = 3 * crops.sum() + views.numel() * dtype.itemsize + sums_of_grey
+    assert sum(c["written_bytes"] for c in counts) <= views.numel() * dtype.itemsize + sums_of_grey
+    assert moved <= 1.5 * floor, moved / floor
+
+
+def test_more_elements_than_fit_an_int(emulator):
+    """Of the source and of the output. Only the blocks at the ends of each grid run."""
+    emulator.run_corners(set())
+    images = emulator.device_tensor([1, 3, 40_000, 30_000], torch.uint8)  # zeros: it is that large
+    images[..., -50:, -60:] = 255
+    params = neutral(1, 40_000, 30_000, crop=[39_950, 29_940, 50, 60])
+    assert_equal_images(augment(images, params, 32), torch.ones(1, 1, 3, 32, 32))
+    many = torch.full((1, 3, 8, 8), 51, dtype=torch.uint8).expand(15_000, 3, 8, 8)
+    views = augment(many, neutral(15_000, 8, 8, brightness=0.5), 224)
+    assert views.numel() > 2**31
+    assert_equal_images(views[0, -1, :, -1, -1], torch.full((3,), 0.1))
+
+
+def test_images_on_a_cuda_device(cuda_device):
+    """The other tests hand CPU tensors to the CUDA kernels; this one goes the way of a user."""
+    images = photos(4, 60, 70)
+    params = draw_params([SIMCLR] * 2, image_sizes(images), seed=6)
+    views = augment(images.to(cuda_device), params, 224, kernel_size=23)
+    assert views.device.type == "cuda"
+    assert (views.cpu() - augment(images, params, 224, kernel_size=23)).abs().max() <= 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------ torch
 
 
 def test_opcheck():
@@ -387,7 +453,7 @@ def test_switching_a_step_off_changes_no_other():
         assert (getattr(without, name) == 1).all(), name
 
 
-def test_params_can_be_saved_edited_and_replayed():
+def test_params_can_be_saved_edited_and_replayed(backend):
     images = photos(3, 30, 30)
     params = draw_params([SIMCLR] * 2, image_sizes(images), seed=4)
     file = io.BytesIO()
@@ -587,7 +653,7 @@ def test_wrong_parameters_are_named(changes, message):
         call(params=neutral(2, 20, 20, **changes))
 
 
-def test_parameters_of_another_batch_are_refused():
+def test_parameters_of_another_batch_are_refused(backend):
     with pytest.raises(ValueError, match=r"params.crop: expected shape \[1, 2, 4\]"):
         call(params=neutral(3, 20, 20))
     with pytest.raises(TypeError, match=r"params.hue: expected Float"):

@@ -1,6 +1,7 @@
 """The benchmarks run, and their report says what they measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ pytestmark = pytest.mark.slow
 
 def run(*command) -> str:
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -33,6 +35,13 @@ def test_benchmark_runs_and_reports(op, tmp_path):
             assert case["seconds"][name][0] / case["seconds"]["sslfast"][2] <= high * 1.01
     assert "| sslfast |" in printed
     assert found["cpu"] in printed
+
+
+def test_times_of_a_device_are_printed():
+    """On the CPU, where there is no other device: what `make test-cuda` runs last."""
+    printed = run("benchmarks/cuda_times.py", "--device", "cpu", "--quick")
+    assert "| batch | dim | dtype | sslfast | lightly | F.cross_entropy |" in printed
+    assert "| size | images | sslfast | kornia |" in printed
 
 
 def test_a_case_where_ours_loses_is_marked(tmp_path):

@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc/ops/cuda").glob("*_kernel.cu"))
 ARCHITECTURES = ["sm_80", "sm_90"]
 MATRIX_KERNELS = ("info_nce_forward_kernel", "info_nce_backward_kernel")
+# Kernels whose registers leave room for two blocks of 256 threads on a multiprocessor. Of those of info_nce: bfloat16
+# and float16 with the usual kind of softmax.
+TWO_BLOCKS = (r"info_nce_(forward|backward)_kernel.*Float16Math.*Lb1E", "augment_(forward|grey)_kernel")
 
 
 def program(name: str) -> str:
@@ -51,26 +54,48 @@ def test_no_spills_and_two_blocks_where_planned(folder, source, architecture):
     assert kernels
     for name, spilled, registers in kernels:
         assert int(spilled) == 0, f"{name}: {spilled} bytes spilled"
-        planned = "Float16Math" in name and "Lb1E" in name  # bfloat16 or float16, the usual kind of softmax
-        if planned and any(kernel in name for kernel in MATRIX_KERNELS):
+        if any(re.search(planned, name) for planned in TWO_BLOCKS):
             assert 2 * 256 * int(registers) <= 65536, f"{name}: {registers} registers"
 
 
+@pytest.fixture(scope="session")
+def sass(folder):
+    """→ a function: source → what each kernel of it is on sm_80, {name: instructions}"""
+
+    @functools.cache
+    def disassemble(source: str) -> dict[str, str]:
+        cubin, _ = compile_kernel(ROOT / "csrc/ops/cuda" / source, "sm_80", folder)
+        command = [program("cuobjdump"), "-sass", str(cubin)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", text, re.S))
+
+    return disassemble
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("source", KERNELS, ids=lambda p: p.stem)
-def test_tensor_cores_and_wide_copies(folder, source):
-    cubin, _ = compile_kernel(source, "sm_80", folder)
-    command = [program("cuobjdump"), "-sass", str(cubin)]
-    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    functions = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", sass, re.S))
-    matrix = {name: code for name, code in functions.items() if any(kernel in name for kernel in MATRIX_KERNELS)}
-    assert matrix or source.stem != "info_nce_kernel"
+def test_tensor_cores_of_info_nce(sass):
+    matrix = {name: code for name, code in sass("info_nce_kernel.cu").items() if any(k in name for k in MATRIX_KERNELS)}
+    assert matrix
     for name, code in matrix.items():
         products = set(re.findall(r"HMMA\.(\d+)\.F32", code))
         assert products == {"1688" if "Tf32" in name else "16816"}, name
         assert re.search(r"LDGSTS\.E\.BYPASS\S*\.128", code), name
         assert "LDSM.16.M88.4" in code, name
-    for name, code in functions.items():
-        if "prepare_kernel" in name or "finish_kernel" in name:
-            assert re.search(r"LDG\.E\.128", code), name
-            assert re.search(r"STG\.E\.128", code), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "kernel", "instructions"),
+    [
+        ("info_nce_kernel.cu", "prepare_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
+        ("info_nce_kernel.cu", "finish_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
+        ("augment_kernel.cu", r"augment_forward_kernel.*Lb1E", [r"LDGSTS\.E\.BYPASS\S*\.128", r"STG\.E\.128"]),
+        ("augment_kernel.cu", r"augment_forward_kernel.*Lb0E", [r"STG\.E\.128"]),
+        ("augment_kernel.cu", "augment_grey_kernel", [r"LDGSTS\.E\.BYPASS\S*\.128"]),
+    ],
+)
+def test_wide_copies(sass, source, kernel, instructions):
+    codes = {name: code for name, code in sass(source).items() if re.search(kernel, name)}
+    assert codes
+    for name, code in codes.items():
+        assert all(re.search(instruction, code) for instruction in instructions), name

@@ -11,7 +11,7 @@ def run_kernel(name: str, order: str) -> torch.Tensor:
     """The kernel `name` of cuda_emulator/faulty_kernels.cu: it should reverse 64 numbers."""
     emulator = cuda_emulation.load()
     emulator.set_order(order)
-    source, target = emulator.device_tensor(64), emulator.device_tensor(64)
+    source, target = (emulator.device_tensor([64], torch.float32) for _ in range(2))
     source.copy_(torch.arange(64.0))
     emulator.run_faulty_kernel(name, source, target)
     return target.clone()
@@ -52,6 +52,38 @@ def test_goes_on_after_an_error():
     with pytest.raises(RuntimeError):
         run_kernel("shared_write_out_of_bounds", "ascending")
     assert torch.equal(run_kernel("correct", "ascending"), CORRECT)
+
+
+def run_feature(name: str, order: str) -> torch.Tensor:
+    """The kernel `name` of cuda_emulator/faulty_kernels.cu, which 128 threads run on the numbers 0 … 63."""
+    emulator = cuda_emulation.load()
+    emulator.set_order(order)
+    source, target = (emulator.device_tensor([n], torch.float32) for n in (64, 128))
+    source.copy_(torch.arange(64.0))
+    emulator.run_feature_kernel(name, source, target)
+    return target.clone()
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+def test_named_barriers(order):
+    assert torch.equal(run_feature("named_barriers", order), CORRECT.repeat(2))
+    assert run_feature("missing_named_barrier", order)[64:].isnan().any()
+    with pytest.raises(RuntimeError, match="waits at a named barrier for threads that never come"):
+        run_feature("short_named_barrier", order)
+    with pytest.raises(RuntimeError, match="named barrier"):
+        run_feature("mixed_counts", order)
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+def test_votes(order):
+    """Lanes 0 … 31 vote on 0 … 31, the next on 32 … 63: how many are below 20, is any 40, are all below 32?"""
+    assert torch.equal(run_feature("votes", order), torch.tensor([1020.0, 100.0]).repeat_interleave(32).repeat(2))
+
+
+@pytest.mark.parametrize("order", cuda_emulation.ORDERS)
+def test_atomics(order):
+    expected = [32, 32, 32, 32, 124, 125, 126, 127, 128, 7, 0]
+    assert run_feature("atomics", order).view(torch.int32)[:11].tolist() == expected
 
 
 def test_counters():

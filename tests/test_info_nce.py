@@ -457,6 +457,24 @@ def test_tf32_is_an_option(backend):
     assert errors[True][0] < 1e-3
 
 
+@pytest.mark.slow
+def test_more_elements_than_fit_an_int(emulator):
+    """The blocks at the corners of each grid stay within their memory; the loop of backward would take hours."""
+    batch, dim = 2**18 + 1, 4096
+    assert 2 * batch * dim > 2**31
+    z1, z2 = (emulator.device_tensor([batch, dim], torch.bfloat16) for _ in range(2))  # zeros: it is that large
+    z2[-1] = torch.linspace(-1, 1, dim)
+    emulator.run_corners({"info_nce_backward"})
+    loss, lse = emulator.info_nce_forward(z1, z2, torch.tensor(0.5), "none")
+    assert loss.shape == lse.shape == (2 * batch,)
+    grad1, grad2, _ = emulator.info_nce_backward(loss.fill_(1.0), z1, z2, torch.tensor(0.5), lse.fill_(1.0), "none")
+    assert grad1.shape == grad2.shape == (batch, dim)
+    counts = emulator.counters()
+    assert {name for name, c in counts.items() if c["written_bytes"]} >= {
+        f"info_nce_{k}" for k in ("prepare", "finish")
+    }
+
+
 @cuda_emulation.on_cuda
 def test_too_many_columns(backend):
     with pytest.raises(ValueError, match=r"z1: expected at most .* 4096 columns on CUDA, got shape"):

@@ -20,7 +20,7 @@ PLACES = [
     "benchmarks/bench_{op}.py",
 ]
 
-NO_CUDA_YET = {"augment", "similarity_lse"}
+NO_CUDA_YET = {"similarity_lse"}
 
 # What a module may import of sslfast: its own package, and what stands above its own line.
 LAYERS = [
@@ -34,6 +34,7 @@ LAYERS = [
     {"evaluation"},
     {"methods"},
     {"cli", "info"},
+    {"selftest"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

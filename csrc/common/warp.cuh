@@ -35,6 +35,15 @@ __device__ __forceinline__ float warp_sum(float value) {
   return value;
 }
 
+/// Waits for `threads` threads of the block, in full warps, that call it with the same id (1 … 15).
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+#if defined(SSLFAST_CUDA_EMULATED)
+  cuda_emulator::named_barrier(id, threads);
+#else
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 template <int kThreads>
 inline constexpr size_t kReduceBytes = kThreads / 32 * sizeof(float);
 

@@ -19,6 +19,10 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/philox.h"
+#if defined(SSLFAST_WITH_CUDA)
+#include "csrc/common/cuda_device.h"
+#include "csrc/ops/cuda/augment_kernel.h"
+#endif
 
 namespace sslfast {
 namespace {
@@ -171,11 +175,20 @@ void check_values(const AugmentForwardParams& p, const std::vector<ImageSize>& s
   }
 }
 
+bool has_kernel(const at::Tensor& image) {
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(image)) return true;
+#endif
+  return image.is_cpu();
+}
+
 void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64_t channel_dim) {
   for (size_t i = 0; i < images.size(); ++i) {
     const at::Tensor& image = images[i];
     const std::string name = images.size() == 1 && image.dim() == 4 ? "images" : c10::str("images[", i, "]");
-    TORCH_CHECK_VALUE(image.device().is_cpu(), name, ": expected a CPU tensor, got ", image.device());
+    TORCH_CHECK_VALUE(has_kernel(image), name, ": expected a CPU or CUDA tensor, got ", image.device());
+    TORCH_CHECK_VALUE(image.device() == images[0].device(), name, ": expected the device of the other images, ",
+                      images[0].device(), ", got ", image.device());
     TORCH_CHECK_VALUE(image.scalar_type() == images[0].scalar_type(), name,
                       ": expected the dtype of the other images, ", images[0].scalar_type(), ", got ",
                       image.scalar_type());
@@ -186,7 +199,8 @@ void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64
                       " channels like the first image, got shape ", image.sizes());
     TORCH_CHECK_VALUE(image.numel() > 0 || image.size(0) == 0, name, ": expected at least one pixel, got shape ",
                       image.sizes());
-    if (image.scalar_type() == at::kFloat && image.numel() > 0) {
+    // On a GPU the values are not looked at: that would wait for the device.
+    if (image.scalar_type() == at::kFloat && image.numel() > 0 && image.is_cpu()) {
       const auto [low, high] = at::aminmax(image);
       const float smallest = low.item<float>(), largest = high.item<float>();
       TORCH_CHECK_VALUE(!(smallest < 0.0f || largest > 1.0f), name, ": expected float values in [0, 1], got ", smallest,
@@ -245,6 +259,79 @@ at::Tensor new_output(at::IntArrayRef shape, at::ScalarType dtype) {
   const auto give_back = [bytes](void* block) { give_back_block(block, bytes); };
   return at::from_blob(take_block(bytes), shape, give_back, options);
 }
+
+// ---------------------------------------------------------------------------------------------------- CUDA
+
+#if defined(SSLFAST_WITH_CUDA)
+AugmentCudaTask cuda_task(const AugmentForwardParams& p, const std::vector<ImageSize>& sizes, int64_t index) {
+  const AugmentImage& image = p.images[index % p.samples];
+  const ImageSize size = sizes[index % p.samples];
+  const int64_t elements = (size.height - 1) * image.row_stride + (size.width - 1) * image.column_stride +
+                           (p.channels - 1) * image.channel_stride + 1;
+  AugmentCudaTask task{};
+  task.image = image.data;
+  task.image_end = static_cast<const char*>(image.data) + elements * c10::elementSize(p.input_dtype);
+  task.row_stride = image.row_stride;
+  task.column_stride = image.column_stride;
+  task.channel_stride = image.channel_stride;
+  task.output = index;
+  const int32_t* crop = p.crop + index * 4;
+  task.crop_top = crop[0], task.crop_left = crop[1], task.crop_height = crop[2], task.crop_width = crop[3];
+  task.flip = p.flip[index];
+  ActiveStep steps[kAugmentSteps];
+  const int count = active_steps(p, index, steps);
+  for (int i = 0; i < count; ++i) {
+    float weights[kMaxBlurRadius + 1];
+    if (steps[i].kind == kBlur) task.blur_radius = gaussian_weights(p.blur_radius, steps[i].value, weights);
+    if (steps[i].kind != kBlur || task.blur_radius > 0) task.steps[task.step_count++] = steps[i];
+  }
+  return task;
+}
+
+void forward_cuda(const AugmentForwardParams& p, const std::vector<ImageSize>& sizes, const at::Tensor& output) {
+  const CudaScope scope(output);
+  AugmentForwardCudaParams op{};
+  op.channels = p.channels;
+  op.bytes = p.input_dtype == at::kByte;
+  op.height = p.height;
+  op.width = p.width;
+  op.interpolation = p.interpolation;
+  op.antialias = p.antialias;
+  std::copy_n(p.mean, 3, op.mean);
+  std::copy_n(p.inverse_std, 3, op.inverse_std);
+  op.output = output.mutable_data_ptr();
+  op.output_type = p.output_dtype == at::kBFloat16 ? AugmentCudaOutput::bfloat16
+                   : p.output_dtype == at::kHalf   ? AugmentCudaOutput::float16
+                                                   : AugmentCudaOutput::float32;
+  op.channels_last = p.channels_last;
+
+  // Tasks that take the same way, and need about the same memory, go together.
+  struct Group {
+    AugmentCudaWay way;
+    bool blurs;
+    int max_radius;
+    std::vector<AugmentCudaTask> tasks;
+  };
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < p.views * p.samples; ++i) {
+    const AugmentCudaTask task = cuda_task(p, sizes, i);
+    const AugmentCudaWay way = augment_cuda_way(op, task.blur_radius);
+    const bool blurs = way == AugmentCudaWay::tiles && task.blur_radius > 0;
+    auto group = std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.way == way && g.blurs == blurs; });
+    if (group == groups.end()) group = groups.insert(group, {way, blurs, 0, {}});
+    group->max_radius = std::max(group->max_radius, task.blur_radius);
+    group->tasks.push_back(task);
+  }
+  for (const Group& group : groups) {
+    const int64_t count = static_cast<int64_t>(group.tasks.size());
+    const at::Tensor tasks = scope.upload(group.tasks.data(), count * static_cast<int64_t>(sizeof(AugmentCudaTask)));
+    const at::Tensor workspace =
+        at::empty({augment_cuda_workspace_bytes(op, group.way, count)}, output.options().dtype(at::kByte));
+    launch_augment_forward_cuda(op, group.way, static_cast<const AugmentCudaTask*>(tasks.const_data_ptr()), count,
+                                group.max_radius, workspace.mutable_data_ptr(), scope.stream());
+  }
+}
+#endif
 
 }  // namespace
 
@@ -367,9 +454,19 @@ at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vec
     p.max_crop_height = std::max(p.max_crop_height, p.crop[task * 4 + 2]);
     p.max_crop_width = std::max(p.max_crop_width, p.crop[task * 4 + 3]);
   }
-  const at::Tensor output =
-      channels_last ? new_output({p.views, samples, height, width, channels}, dtype).permute({0, 1, 4, 2, 3})
-                    : new_output({p.views, samples, channels, height, width}, dtype);
+  const std::vector<int64_t> shape = channels_last ? std::vector<int64_t>{p.views, samples, height, width, channels}
+                                                   : std::vector<int64_t>{p.views, samples, channels, height, width};
+  const auto as_view = [&](const at::Tensor& output) {
+    return channels_last ? output.permute({0, 1, 4, 2, 3}) : output;
+  };
+#if defined(SSLFAST_WITH_CUDA)
+  if (!images.empty() && is_cuda_tensor(images[0])) {
+    const at::Tensor output = at::empty(shape, images[0].options().dtype(dtype));
+    if (output.numel() > 0) forward_cuda(p, sizes, output);
+    return as_view(output);
+  }
+#endif
+  const at::Tensor output = as_view(new_output(shape, dtype));
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
   p.scratch_bytes = augment_scratch(p, nullptr).bytes;

@@ -10,13 +10,11 @@
 #include <tuple>
 #include <vector>
 
+#include "csrc/common/augment_steps.h"
 #include "csrc/common/cpu_dispatch.h"
 #include "csrc/common/filters.h"
 
 namespace sslfast {
-
-// The steps whose order is drawn per sample. Each has one parameter, and a value at which it does nothing.
-enum AugmentStep : int8_t { kBrightness, kContrast, kSaturation, kHue, kGrayscale, kBlur, kSolarize, kAugmentSteps };
 
 // One source image; strides count elements. Columns lie next to each other (CHW) or channels do (HWC).
 struct AugmentImage {
@@ -97,6 +95,43 @@ static inline AugmentScratch augment_scratch(const AugmentForwardParams& p, std:
   s.blurred = static_cast<float*>(take(s.plane * p.channels));
   s.blur_line = static_cast<float*>(take(s.padded_width + 2 * (p.blur_radius + kAugmentPad)));
   return s;
+}
+
+// The steps that change anything, in the order in which they are applied.
+static inline int active_steps(const AugmentForwardParams& p, int64_t task, ActiveStep* steps) {
+  int count = 0;
+  for (int i = 0; i < kAugmentSteps; ++i) {
+    const auto kind = static_cast<AugmentStep>(p.order[task * kAugmentSteps + i]);
+    float value = 0.0f;
+    bool active = false;
+    switch (kind) {
+      case kBrightness:
+        value = p.brightness[task], active = value != 1.0f;
+        break;
+      case kContrast:
+        value = p.contrast[task], active = value != 1.0f;
+        break;
+      case kSaturation:
+        value = p.saturation[task], active = value != 1.0f && p.channels == 3;
+        break;
+      case kHue:
+        value = p.hue[task], active = value != 0.0f && p.channels == 3;
+        break;
+      case kGrayscale:
+        active = p.grayscale[task] && p.channels == 3;
+        break;
+      case kBlur:
+        value = p.sigma[task], active = value > 0.0f && p.blur_radius > 0;
+        break;
+      case kSolarize:
+        value = p.solarize[task], active = value < __builtin_inff();
+        break;
+      default:
+        break;
+    }
+    if (active) steps[count++] = {kind, value, 0.0f};
+  }
+  return count;
 }
 
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_augment_forward_cpu, AugmentForwardParams)

@@ -15,6 +15,7 @@ from sslfast import _C, reference
 STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 """What `AugmentParams.order` counts: 0 is brightness, …, 6 is solarize."""
 
+_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _JITTER = STEPS[:4]
 _STAGES = {"jitter": _JITTER, "grayscale": ("grayscale",), "blur": ("blur",), "solarize": ("solarize",)}
 
@@ -158,6 +159,7 @@ def augment(
     Args:
         images: uint8 (0 … 255) or float32 (0 … 1), 1 or 3 channels: (images, channels, height, width) or (images,
             height, width, channels), or a list of (channels, height, width) or (height, width, channels) of any sizes.
+            On a GPU the values of float32 images are not checked, since that would wait for the device.
         params: from `draw_params`, (views, images, …).
         size: height and width of the output, or one number for both.
         interpolation: "bilinear" or "bicubic" (which may leave [0, 1], as torchvision's does on float images).
@@ -187,7 +189,7 @@ def augment(
     if not isinstance(params, AugmentParams):
         raise TypeError(f"params: expected AugmentParams, got {type(params).__name__}")
     channels_last = memory_format == torch.channels_last
-    if tensors[0].device.type != "cpu":
+    if tensors[0].device.type not in _DEVICES:
         batch = [x if channels_first else x.movedim(-1, 0) for x in (tensors[0] if tensors[0].dim() == 4 else tensors)]
         out = reference.augment.augment(
             batch, params, (height, width), interpolation, antialias, kernel_size, mean, std
@@ -235,7 +237,7 @@ def check_kernel_size(kernel_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types=_DEVICES)
 def _forward(
     images: list[Tensor],
     params: list[Tensor],

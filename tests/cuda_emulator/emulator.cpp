@@ -19,11 +19,12 @@ constexpr size_t kPage = 4096;
 constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kSharedLimit = 227 * 1024;  // the most that a block can have on any GPU so far
 constexpr unsigned char kPoison = 0xFF;
+constexpr size_t kPoisonedBytes = size_t{1} << 30;  // at most, of one allocation
 
 size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 unsigned char* map_pages(size_t bytes) {
-  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) throw std::bad_alloc();
   return static_cast<unsigned char*>(p);
 }
@@ -60,7 +61,7 @@ cuda_emulator_switch_stack:
 .size cuda_emulator_switch_stack, .-cuda_emulator_switch_stack
 )");
 
-enum class State { ready, at_barrier, in_warp, done };
+enum class State { ready, at_barrier, at_named_barrier, in_warp, done };
 
 struct AsyncCopy {
   void* shared;
@@ -73,6 +74,7 @@ struct Fiber {
   void* stack_pointer;
   unsigned char* stack = nullptr;
   std::source_location site;                         // of the barrier where it waits
+  int barrier_id = 0, barrier_threads = 0;           // of the named one
   std::vector<std::vector<AsyncCopy>> async_groups;  // committed, oldest first; the last one is still open
 };
 
@@ -86,6 +88,8 @@ struct Machine {
   Order order = Order::ascending;
   std::map<std::string, Counters> counters;
   std::map<uintptr_t, size_t> regions;  // device memory: address → bytes
+  bool only_corners = false;
+  std::set<std::string> skipped;
 
   // Of the launch that runs now.
   const char* kernel = nullptr;
@@ -174,6 +178,8 @@ void release_barrier() {
   const auto end = m.fibers.end(), first = in_state(State::at_barrier);
   if (in_state(State::in_warp) != end)
     return report(in_state(State::in_warp), "deadlock: waits in a warp-wide instruction that other lanes never reach");
+  if (in_state(State::at_named_barrier) != end)
+    return report(in_state(State::at_named_barrier), "deadlock: waits at a named barrier for threads that never come");
   if (in_state(State::done) != end)
     return report(in_state(State::done), "divergent barrier: has ended while others wait in __syncthreads()");
   for (auto fiber = first; fiber != end; ++fiber)
@@ -207,12 +213,14 @@ void run_block(uint3 block, dim3 block_dim, dim3 grid_dim, uint32_t seed) {
     }
   };
   const auto is_done = [](const Fiber& f) { return f.state == State::done; };
+  const auto is_ready = [](const Fiber& f) { return f.state == State::ready; };
   for (;;) {
     for (const size_t warp : warps) {
       run_warp(warp);
       if (!m.error.empty()) return;
     }
     if (std::all_of(m.fibers.begin(), m.fibers.end(), is_done)) return;
+    if (std::any_of(m.fibers.begin(), m.fibers.end(), is_ready)) continue;  // a named barrier let them go
     release_barrier();
     if (!m.error.empty()) return;
   }
@@ -296,6 +304,12 @@ void set_order(Order order) { machine().order = order; }
 const std::map<std::string, Counters>& counters() { return machine().counters; }
 void reset_counters() { machine().counters.clear(); }
 
+void run_corners(const std::set<std::string>& skipped) {
+  machine().only_corners = true;
+  machine().skipped = skipped;
+}
+void run_all_blocks() { machine().only_corners = false; }
+
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -306,6 +320,7 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7FFFFFFFu || grid.y > 65535 || grid.z > 65535)
     reject("the grid is empty or exceeds the limits");
   if (shared_bytes > kSharedLimit) reject("too much shared memory: " + std::to_string(shared_bytes) + " bytes");
+  if (m.only_corners && m.skipped.contains(name)) return;
   if (m.shared_end == nullptr) {
     const size_t pages = round_up(kSharedLimit, kPage);
     m.shared_end = map_pages(pages + kPage) + pages;
@@ -332,6 +347,8 @@ void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const 
   for (const size_t b : sequence(blocks, m.order, 1)) {
     const uint3 index = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                          static_cast<unsigned>(b / grid.x / grid.y)};
+    const auto inside = [](unsigned i, unsigned n) { return i > 0 && i + 1 < n; };
+    if (m.only_corners && (inside(index.x, grid.x) || inside(index.y, grid.y) || inside(index.z, grid.z))) continue;
     run_block(index, block, grid, static_cast<uint32_t>(b));
     if (!m.error.empty()) break;
   }
@@ -348,7 +365,7 @@ void* device_allocate(size_t bytes) {
   mprotect(base, kPage, PROT_NONE);
   mprotect(base + kPage + pages, kPage, PROT_NONE);
   unsigned char* start = base + kPage + pages - used;
-  std::memset(base + kPage, kPoison, pages);
+  if (bytes <= kPoisonedBytes) std::memset(base + kPage, kPoison, pages);
   machine().regions[reinterpret_cast<uintptr_t>(start)] = bytes;
   return start;
 }
@@ -359,6 +376,12 @@ void device_free(void* pointer) {
   const size_t used = round_up(std::max<size_t>(region->second, 1), 16), pages = round_up(used, kPage);
   munmap(static_cast<unsigned char*>(pointer) + used - pages - kPage, pages + 2 * kPage);
   machine().regions.erase(region);
+}
+
+bool is_device_memory(const void* pointer) {
+  const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
+  const auto next = machine().regions.upper_bound(address);
+  return next != machine().regions.begin() && address < std::prev(next)->first + std::prev(next)->second;
 }
 
 // ---- device side
@@ -372,6 +395,31 @@ unsigned char* shared_memory() { return machine().shared_end - round_up(machine(
 void barrier(std::source_location site) {
   machine().current->site = site;
   wait(State::at_barrier);
+}
+
+void named_barrier(int id, int threads) {
+  Machine& m = machine();
+  if (id < 1 || id > 15 || threads < 32 || threads % 32 != 0)
+    fail("a named barrier has a number from 1 to 15 and counts full warps");
+  m.current->barrier_id = id;
+  m.current->barrier_threads = threads;
+  std::vector<Fiber*> waiting{m.current};
+  for (Fiber& f : m.fibers) {
+    if (f.state != State::at_named_barrier || f.barrier_id != id) continue;
+    if (f.barrier_threads != threads) fail("threads meet at a named barrier with different counts");
+    waiting.push_back(&f);
+  }
+  if (static_cast<int>(waiting.size()) < threads) return wait(State::at_named_barrier);
+  for (Fiber* f : waiting) f->state = State::ready;
+  ++m.count->barriers;
+}
+
+void check_atomic(const void* pointer, size_t bytes) {
+  const auto* p = static_cast<const unsigned char*>(pointer);
+  if (p >= machine().shared_end - round_up(kSharedLimit, kPage) && p < machine().shared_end)
+    return check_shared(pointer, bytes);
+  check_global(pointer, bytes, false);
+  check_global(pointer, bytes, true);
 }
 
 void check_global(const void* pointer, size_t bytes, bool write) {

@@ -7,13 +7,11 @@
 //
 // What is stricter than a GPU, each with a test in tests/test_cuda_emulator.py:
 //   - shared memory starts as NaN (0xFF bytes) in every block and ends at an unmapped page;
-//   - device memory (DeviceMemory) starts as NaN, lies between unmapped pages, and global accesses are checked byte by
-//   byte;
+//   - device memory starts as NaN, lies between unmapped pages, and global accesses are checked byte by byte;
 //   - cp.async writes NaN at once and the data at the wait, so that neither the old nor the new value can be read in
 //   between;
 //   - lanes that meet at different warp-wide instructions, threads that meet at different barriers, and threads that
-//   leave
-//     while others wait at a barrier are errors.
+//     leave while others wait at a barrier are errors.
 // A violation throws std::runtime_error from launch() with the kernel, block and thread.
 //
 // It counts what the threads ask for (before any cache): see Counters. It models neither time nor memory ordering.
@@ -27,6 +25,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <set>
 #include <source_location>
 #include <string>
 #include <type_traits>
@@ -53,9 +52,16 @@ void reset_counters();
 /// Runs body once for every thread of the grid; name is for messages and counters.
 void launch(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 
-/// Memory that kernels may touch, filled with NaN (0xFF bytes), 16-byte aligned.
+/// Memory that kernels may touch, filled with NaN (0xFF bytes), 16-byte aligned. More than 1 GiB: zeros, and only the
+/// pages that are used take memory.
 void* device_allocate(size_t bytes);
 void device_free(void* pointer);
+bool is_device_memory(const void* pointer);
+
+/// From now on launches run only the blocks at the corners of their grids, and none of the kernels named: enough to see
+/// where the indices of a problem end that is too large to be computed.
+void run_corners(const std::set<std::string>& skipped);
+void run_all_blocks();
 
 // Device side: what csrc/common/*.cuh stands on when SSLFAST_CUDA_EMULATED is defined.
 
@@ -66,9 +72,11 @@ struct ThreadIndex {
 const ThreadIndex& index();
 unsigned char* shared_memory();
 void barrier(std::source_location site);
+void named_barrier(int id, int threads);
 void check_global(const void* pointer, size_t bytes, bool write);
 void check_shared(const void* pointer, size_t bytes);
-void cp_async(void* shared, const void* global);  // 16 bytes
+void check_atomic(const void* pointer, size_t bytes);  // in either memory
+void cp_async(void* shared, const void* global);       // 16 bytes
 void cp_async_commit();
 void cp_async_wait(int pending_groups);
 void count_exponential();
@@ -124,6 +132,30 @@ T shuffle(const char* name, unsigned mask, T value, int source_lane) {
   return mine.out;
 }
 
+inline unsigned ballot(const char* name, unsigned mask, bool predicate) {
+  struct Ballot {
+    bool in;
+    unsigned out;
+  } mine{predicate, 0};
+  warp_collective(name, mask, &mine, [](void* const* lanes) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane)
+      if (lanes[lane] != nullptr && static_cast<Ballot*>(lanes[lane])->in) votes |= 1u << lane;
+    for (int lane = 0; lane < 32; ++lane)
+      if (lanes[lane] != nullptr) static_cast<Ballot*>(lanes[lane])->out = votes;
+  });
+  return mine.out;
+}
+
+/// *pointer = change(*pointer); returns what was there. Only one thread runs at a time, so nothing comes in between.
+template <typename T, typename Change>
+T atomic(T* pointer, const Change& change) {
+  check_atomic(pointer, sizeof(T));
+  const T old = *pointer;
+  *pointer = change(old);
+  return old;
+}
+
 inline int lane() { return static_cast<int>(index().thread.x % 32); }
 
 }  // namespace cuda_emulator
@@ -145,6 +177,29 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source_lane) {
   return cuda_emulator::shuffle("__shfl_sync", mask, value, source_lane % 32);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return cuda_emulator::ballot("__ballot_sync", mask, predicate != 0);
+}
+inline int __any_sync(unsigned mask, int predicate) {
+  return cuda_emulator::ballot("__any_sync", mask, predicate != 0) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate) {
+  return cuda_emulator::ballot("__all_sync", mask, predicate != 0) == mask;
+}
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_emulator::ballot("__syncwarp", mask, false); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+template <typename T>
+T atomicAdd(T* pointer, T value) {
+  return cuda_emulator::atomic(pointer, [=](T old) { return static_cast<T>(old + value); });
+}
+template <typename T>
+T atomicMax(T* pointer, T value) {
+  return cuda_emulator::atomic(pointer, [=](T old) { return old < value ? value : old; });
+}
+template <typename T>
+T atomicCAS(T* pointer, T expected, T value) {
+  return cuda_emulator::atomic(pointer, [=](T old) { return old == expected ? value : old; });
 }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline float __uint_as_float(unsigned bits) {

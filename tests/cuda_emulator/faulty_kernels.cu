@@ -54,6 +54,48 @@ __global__ void faulty_kernel(const FaultyParams p) {
   store_global(p.out + i + (is(Fault::global_write_out_of_bounds) ? 1 : 0), value);
 }
 
+enum class Feature { named_barriers, missing_named_barrier, short_named_barrier, mixed_counts, votes, atomics };
+
+struct FeatureParams {
+  Feature feature;
+  const float* in;
+  float* out;
+};
+
+/// 128 threads; every half of them reverses its 64 numbers, votes on them, or counts them.
+__global__ void feature_kernel(const FeatureParams p) {
+  const int i = threadIdx.x, half = i / 64, in_half = i % 64;
+  const auto is = [&](Feature feature) { return p.feature == feature; };
+  float* shared = reinterpret_cast<float*>(shared_memory());
+  float value = load_global(p.in + in_half);
+  if (is(Feature::votes)) {
+    constexpr unsigned kAll = 0xFFFFFFFFu;
+    const int votes = __popc(__ballot_sync(kAll, value < 20.0f));
+    value = votes + 100.0f * __any_sync(kAll, value == 40.0f) + 1000.0f * __all_sync(kAll, value < 32.0f);
+    store_global(p.out + i, value);
+    return;
+  }
+  if (is(Feature::atomics)) {
+    unsigned* counts = reinterpret_cast<unsigned*>(shared_memory());
+    if (i < 8) counts[i] = 0;
+    __syncthreads();
+    atomicAdd(counts + i % 4, 1u);
+    atomicMax(counts + 4 + i % 4, static_cast<unsigned>(i));
+    __syncthreads();
+    unsigned* out = reinterpret_cast<unsigned*>(p.out);
+    store_global(out + i, i < 8 ? counts[i] : 0u);
+    __syncthreads();
+    atomicAdd(out + 8, 1u);
+    atomicCAS(out + 9, 0u, 7u);
+    return;
+  }
+  shared[i] = value;
+  if (is(Feature::short_named_barrier) && i >= 96) return;
+  if (!(is(Feature::missing_named_barrier) && half == 1))
+    named_barrier(1 + half, is(Feature::mixed_counts) && i >= 96 ? 32 + 64 : 64);
+  store_global(p.out + i, shared[64 * half + 63 - in_half]);
+}
+
 struct ProductParams {
   const void* a;
   const void* b;
@@ -121,6 +163,14 @@ void run_faulty_kernel(const std::string& name, const float* in, float* out) {
   const size_t shared_floats = name == "uninitialised_shared" ? 128 : 64;
   launch(faulty_kernel, {"faulty", 1, 64, shared_floats * sizeof(float), nullptr},
          {static_cast<Fault>(fault), in, out});
+}
+
+void run_feature_kernel(const std::string& name, const float* in, float* out) {
+  constexpr const char* kNames[] = {
+      "named_barriers", "missing_named_barrier", "short_named_barrier", "mixed_counts", "votes", "atomics"};
+  int feature = 0;
+  while (name != kNames[feature]) ++feature;
+  launch(feature_kernel, {"feature", 1, 128, 128 * sizeof(float), nullptr}, {static_cast<Feature>(feature), in, out});
 }
 
 void run_matrix_product(const std::string& math, const void* a, const void* b, bool b_by_rows, float* c) {

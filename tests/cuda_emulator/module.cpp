@@ -3,6 +3,7 @@
 #include <c10/core/CPUAllocator.h>
 #include <torch/extension.h>
 
+#include "csrc/ops/augment.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
 #include "tests/cuda_emulator/emulator.h"
@@ -30,8 +31,9 @@ class DeviceScope {
   c10::Allocator* previous_;
 };
 
-/// A copy in device memory with the strides of t and its place within 16 bytes.
+/// A copy in device memory with the strides of t and its place within 16 bytes; t itself if that is where it is.
 at::Tensor to_device(const at::Tensor& t) {
+  if (cuda_emulator::is_device_memory(t.data_ptr())) return t;
   int64_t elements = t.numel() == 0 ? 0 : 1;
   for (int64_t d = 0; d < t.dim() && elements > 0; ++d) {
     if (t.stride(d) == 0 && t.size(d) > 1) return t.clone(at::MemoryFormat::Contiguous);  // it overlaps itself
@@ -87,6 +89,7 @@ void set_order(const std::string& name) {
 }  // namespace
 
 PYBIND11_MODULE(sslfast_emulated, m) {
+  m.def("augment_forward", on_device(&sslfast::augment_forward));
   m.def("info_nce_forward", on_device(&sslfast::info_nce_forward));
   m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
   m.def("rotate4_forward", on_device(&sslfast::rotate4_forward));
@@ -97,9 +100,14 @@ PYBIND11_MODULE(sslfast_emulated, m) {
   m.def("run_faulty_kernel", [](const std::string& name, const at::Tensor& in, at::Tensor out) {
     sslfast::run_faulty_kernel(name, in.const_data_ptr<float>(), out.data_ptr<float>());
   });
-  m.def("device_tensor", [](int64_t elements) {
+  m.def("run_feature_kernel", [](const std::string& name, const at::Tensor& in, at::Tensor out) {
+    sslfast::run_feature_kernel(name, in.const_data_ptr<float>(), out.data_ptr<float>());
+  });
+  m.def("run_corners", &cuda_emulator::run_corners);
+  m.def("run_all_blocks", &cuda_emulator::run_all_blocks);
+  m.def("device_tensor", [](const std::vector<int64_t>& shape, at::ScalarType dtype) {
     const DeviceScope scope;
-    return at::full({elements}, 1.0f);
+    return at::empty(shape, dtype);
   });
   m.def("matrix_product", [](const std::string& math, const at::Tensor& a, const at::Tensor& b, bool b_by_rows) {
     const DeviceScope scope;

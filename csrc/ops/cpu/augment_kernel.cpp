@@ -34,7 +34,6 @@ namespace {
 #endif
 
 constexpr int64_t kBlockPixels = 1024;  // of a sweep: 12 KiB in three planes
-constexpr int kMaxBlurRadius = 127;
 
 // ---------------------------------------------------------------------------------------------------- resizing
 
@@ -247,12 +246,6 @@ void blur_row(const float* plane, int height, int width, int y, int radius, cons
 
 // ---------------------------------------------------------------------------------------------------- colour
 
-struct Step {
-  AugmentStep kind;
-  float value;   // its drawn parameter
-  float offset;  // contrast: (1 - factor) · mean grey
-};
-
 // Calls `each` for the pixels [begin, end) of one plane or of three, a vector at a time and then one at a time.
 template <typename Each>
 SSLFAST_INLINE void for_values(float* x, int64_t begin, int64_t end, const Each& each) {
@@ -277,7 +270,7 @@ SSLFAST_INLINE void for_pixels(float* r, float* g, float* b, int64_t begin, int6
 }
 
 // Pixels [begin, end) of all planes, in place.
-void recolor(const Step& step, int channels, float* image, int64_t plane, int64_t begin, int64_t end) {
+void recolor(const ActiveStep& step, int channels, float* image, int64_t plane, int64_t begin, int64_t end) {
   float *r = image, *g = image + plane, *b = image + 2 * plane;
   const float value = step.value, offset = step.offset;
   switch (step.kind) {
@@ -359,43 +352,6 @@ void normalize_store(const AugmentForwardParams& p, const float* image, int64_t 
 
 // ---------------------------------------------------------------------------------------------------- one task
 
-// The steps that change anything, in the order in which they are applied.
-int active_steps(const AugmentForwardParams& p, int64_t task, Step* steps) {
-  int count = 0;
-  for (int i = 0; i < kAugmentSteps; ++i) {
-    const auto kind = static_cast<AugmentStep>(p.order[task * kAugmentSteps + i]);
-    float value = 0.0f;
-    bool active = false;
-    switch (kind) {
-      case kBrightness:
-        value = p.brightness[task], active = value != 1.0f;
-        break;
-      case kContrast:
-        value = p.contrast[task], active = value != 1.0f;
-        break;
-      case kSaturation:
-        value = p.saturation[task], active = value != 1.0f && p.channels == 3;
-        break;
-      case kHue:
-        value = p.hue[task], active = value != 0.0f && p.channels == 3;
-        break;
-      case kGrayscale:
-        active = p.grayscale[task] && p.channels == 3;
-        break;
-      case kBlur:
-        value = p.sigma[task], active = value > 0.0f && p.blur_radius > 0;
-        break;
-      case kSolarize:
-        value = p.solarize[task], active = value < __builtin_inff();
-        break;
-      default:
-        break;
-    }
-    if (active) steps[count++] = {kind, value, 0.0f};
-  }
-  return count;
-}
-
 void augment_task(const AugmentForwardParams& p, const AugmentScratch& scratch, int64_t task) {
   AugmentScratch s = scratch;
   const int32_t* crop = p.crop + task * 4;
@@ -403,7 +359,7 @@ void augment_task(const AugmentForwardParams& p, const AugmentScratch& scratch, 
   Source source{&image, crop[0], crop[1], crop[2], crop[3], 0, 0, 0, p.channels == 3 && image.column_stride == 3};
   build_tables(p, s, source, p.flip[task]);
 
-  Step steps[kAugmentSteps];
+  ActiveStep steps[kAugmentSteps];
   const int count = active_steps(p, task, steps);
   const int rows_per_block = kBlockPixels > p.width ? static_cast<int>(kBlockPixels / p.width) : 1;
   float blur_weights[kMaxBlurRadius + 1];

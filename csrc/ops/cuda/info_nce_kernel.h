@@ -10,9 +10,11 @@ namespace sslfast {
 /// Type of z1 and z2 and, for float32, how accurate products are (csrc/common/mma.cuh).
 enum class InfoNceCudaType { bfloat16, float16, float32, float32_as_tf32 };
 
-/// The most that the kernels take: the finishing kernel keeps rows in shared memory, and 2·batch counts in an int.
+/// The most that the kernels take: the finishing kernel keeps rows in shared memory, and a grid has at most 65535
+/// blocks in y, where forward counts runs of 8 tiles of 128 rows.
 inline constexpr int64_t kInfoNceCudaMaxDim = 4096;
-inline constexpr int64_t kInfoNceCudaMaxBatch = int64_t{1} << 29;
+inline constexpr int64_t kInfoNceCudaMaxBatch = int64_t{1} << 24;
+static_assert(2 * kInfoNceCudaMaxBatch / 128 / 8 <= 65535);
 
 /// All pointers are to device memory, 16-byte aligned but for z1, z2, grad_z1 and grad_z2.
 struct InfoNceForwardCudaParams {

@@ -1,0 +1,158 @@
+"""The command `sslfast selftest`: every kernel that this machine can run, against the reference, in under a minute."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslfast import _C, reference
+from sslfast.info import info
+from sslfast.ops import augment, info_nce, rotate4
+
+REPORT = """
+{wrong} computed something wrong on this machine. Please report it to the project, with the table above and this:
+
+{info}
+
+Until it is mended, SSLFAST_CPU_CAPABILITY=NAME chooses an instruction set whose column is right."""
+
+
+class Comparison(NamedTuple):
+    """What a kernel made, what is right, and the relative error (norm of the difference over norm) that is allowed."""
+
+    name: str
+    actual: Tensor
+    expected: Tensor
+    allowed: float
+
+
+class Result(NamedTuple):
+    """The worst relative error of an op's comparisons of one name; infinite where they have NaN or another shape."""
+
+    op: str
+    name: str
+    backend: str
+    error: float
+    allowed: float
+
+
+# One function for each op: it runs the op's kernels on tensors of a device and yields comparisons. A new op adds one,
+# and its entry in CHECKS.
+
+
+def check_info_nce(device: str) -> Iterator[Comparison]:
+    for dtype, allowed in ((torch.float32, 3e-5), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)):
+        for batch, dim, temperature in ((3, 5, 0.5), (70, 40, 0.07), (200, 128, 0.2), (20, 300, 0.5)):
+            z1, z2 = torch.randn(2, batch, dim, generator=torch.Generator().manual_seed(batch)).to(dtype)
+            z2 = z1 + z2
+            ours = [z.to(device).requires_grad_() for z in (z1, z2)]
+            true = [z.double().requires_grad_() for z in (z1, z2)]
+            loss = info_nce.nt_xent(ours[0], ours[1], temperature)
+            expected = reference.info_nce.nt_xent(true[0], true[1], temperature)
+            yield Comparison(f"loss, {_name(dtype)}", loss, expected, 2e-6)
+            grads = torch.autograd.grad(loss * batch, ours), torch.autograd.grad(expected * batch, true)
+            for grad, expected_grad in zip(*grads, strict=True):
+                yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
+
+
+def check_augment(device: str) -> Iterator[Comparison]:
+    everything = augment.AugmentDistribution(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, blur_p=0.7)
+    for channels, source, size in ((3, (40, 50), 32), (1, (28, 28), 28), (3, (150, 170), 130)):
+        generator = torch.Generator().manual_seed(size)
+        images = torch.randint(0, 256, (3, channels, *source), dtype=torch.uint8, generator=generator)
+        params = augment.draw_params([everything] * 2, augment.image_sizes(images), seed=0)
+        for interpolation in ("bilinear", "bicubic"):
+            expected = reference.augment.augment(
+                images, params, (size, size), interpolation, kernel_size=9, dtype=torch.float64
+            )
+            for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)):
+                views = augment.augment(
+                    images.to(device), params, size, interpolation=interpolation, kernel_size=9, dtype=dtype
+                )
+                yield Comparison(_name(dtype), views, expected, allowed)
+
+
+def check_rotate4(device: str) -> Iterator[Comparison]:
+    for dtype in (torch.uint8, torch.float32, torch.bfloat16):
+        for shape in ((3, 3, 32, 32), (2, 1, 37, 37)):
+            images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(shape[2])).to(dtype)
+            for actual, expected in zip(rotate4(images.to(device)), reference.rotate4.rotate4(images), strict=True):
+                yield Comparison(_name(dtype), actual, expected, 0.0)
+
+
+CHECKS: dict[str, Callable[[str], Iterator[Comparison]]] = {
+    "info_nce": check_info_nce,
+    "augment": check_augment,
+    "rotate4": check_rotate4,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """The command `sslfast selftest`, which has no options; its exit status is 1 if a kernel is wrong."""
+    if args:
+        raise SystemExit(f"usage: sslfast selftest (it has no options; got {' '.join(args)})")
+    start = time.perf_counter()
+    results = selftest()
+    print(table(results))
+    wrong = dict.fromkeys(f"{r.op} on {r.backend}" for r in results if not r.error <= r.allowed)
+    if wrong:
+        print(REPORT.format(wrong=", ".join(wrong), info=info()))
+        raise SystemExit(1)
+    print(f"\nAll kernels of this machine are right ({time.perf_counter() - start:.0f} s).")
+
+
+def selftest() -> list[Result]:
+    """Run every check with each instruction set of this machine, and on CUDA if there is a device."""
+    before = _C.cpu_capability()
+    results = []
+    for backend in _backends():
+        try:
+            if backend != "cuda":
+                _C.set_cpu_capability(backend)
+            for op, check in CHECKS.items():
+                results += _results(op, check, backend)
+        finally:
+            _C.set_cpu_capability(before)
+    return results
+
+
+def table(results: list[Result]) -> str:
+    """A row for each op and name, a column for each backend."""
+    lines = ["Relative error against the reference in float64:", ""]
+    lines.append(f"{'':28}{'allowed':>9}" + "".join(f"{backend:>15}" for backend in _backends()))
+    cells = {(r.op, r.name, r.backend): r for r in results}
+    for op, name, allowed in dict.fromkeys((r.op, r.name, r.allowed) for r in results):
+        row = [cells.get((op, name, backend)) for backend in _backends()]
+        texts = [f"{r.error:.1e}{'' if r.error <= allowed else ' WRONG'}" if r else "" for r in row]
+        lines.append(f"{op + ' ' + name:28}{allowed:>9.0e}" + "".join(f"{text:>15}" for text in texts))
+    return "\n".join(lines)
+
+
+def _backends() -> list[str]:
+    cuda = _C.build_info()["cuda"] and torch.cuda.is_available()
+    return [*_C.available_cpu_capabilities(), *(["cuda"] if cuda else [])]
+
+
+def _results(op: str, check: Callable[[str], Iterator[Comparison]], backend: str) -> list[Result]:
+    worst: dict[str, Result] = {}
+    try:
+        for name, actual, expected, allowed in check("cuda" if backend == "cuda" else "cpu"):
+            error = _relative_error(actual.detach().cpu().double(), expected.detach().double())
+            if name not in worst or error > worst[name].error:
+                worst[name] = Result(op, name, backend, error, allowed)
+    except Exception as error:  # whatever it is, it belongs into the table, and the other ops get their turn
+        worst["raised an error"] = Result(op, "raised an error", backend, float("inf"), 0.0)
+        print(f"{op} on {backend}: {type(error).__name__}: {error}\n")
+    return list(worst.values())
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    if actual.shape != expected.shape or not actual.isfinite().all():
+        return float("inf")
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
