@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast import _C, reference
 from sslfast.info import info
-from sslfast.ops import augment, info_nce, rotate4
+from sslfast.ops import augment, info_nce, rotate4, similarity_lse
 
 REPORT = """
 {wrong} computed something wrong on this machine. Please report it to the project, with the table above and this:
@@ -74,6 +74,21 @@ def check_augment(device: str) -> Iterator[Comparison]:
                 yield Comparison(_name(dtype), views, expected, allowed)
 
 
+def check_similarity_lse(device: str) -> Iterator[Comparison]:
+    for dtype, allowed in ((torch.float32, 3e-5), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
+        for rows, keys, dim in ((5, 3, 7), (70, 150, 40), (130, 64, 128)):
+            generator = torch.Generator().manual_seed(rows)
+            q, k = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, keys))
+            ours = [x.to(device).requires_grad_() for x in (q, k)]
+            true = [x.double().requires_grad_() for x in (q, k)]
+            lse = similarity_lse(ours[0], ours[1], 0.3)
+            expected, _ = reference.similarity_lse.similarity_lse(true[0], true[1], 0.3)
+            yield Comparison(f"value, {_name(dtype)}", lse, expected, 2e-6)
+            grads = torch.autograd.grad(lse.sum(), ours), torch.autograd.grad(expected.sum(), true)
+            for grad, expected_grad in zip(*grads, strict=True):
+                yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
+
+
 def check_rotate4(device: str) -> Iterator[Comparison]:
     for dtype in (torch.uint8, torch.float32, torch.bfloat16):
         for shape in ((3, 3, 32, 32), (2, 1, 37, 37)):
@@ -86,6 +101,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Comparison]]] = {
     "info_nce": check_info_nce,
     "augment": check_augment,
     "rotate4": check_rotate4,
+    "similarity_lse": check_similarity_lse,
 }
 
 
@@ -121,12 +137,12 @@ def selftest() -> list[Result]:
 def table(results: list[Result]) -> str:
     """A row for each op and name, a column for each backend."""
     lines = ["Relative error against the reference in float64:", ""]
-    lines.append(f"{'':28}{'allowed':>9}" + "".join(f"{backend:>15}" for backend in _backends()))
+    lines.append(f"{'':36}{'allowed':>9}" + "".join(f"{backend:>15}" for backend in _backends()))
     cells = {(r.op, r.name, r.backend): r for r in results}
     for op, name, allowed in dict.fromkeys((r.op, r.name, r.allowed) for r in results):
         row = [cells.get((op, name, backend)) for backend in _backends()]
         texts = [f"{r.error:.1e}{'' if r.error <= allowed else ' WRONG'}" if r else "" for r in row]
-        lines.append(f"{op + ' ' + name:28}{allowed:>9.0e}" + "".join(f"{text:>15}" for text in texts))
+        lines.append(f"{op + ' ' + name:36}{allowed:>9.0e}" + "".join(f"{text:>15}" for text in texts))
     return "\n".join(lines)
 
 
