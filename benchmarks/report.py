@@ -50,7 +50,7 @@ def results(saved: dict, benchmarks: list[dict]) -> dict:
         )
     machine, commit = saved["machine_info"], saved["commit_info"]
     versions = {}
-    packages = ("torch", "torchvision", "lightly", "kornia", "albumentations")
+    packages = ("torch", "torchvision", "lightly", "kornia", "albumentations", "diffusers")
     for package in (*packages, "info-nce-pytorch", "open_clip_torch", "pytorch-metric-learning"):
         try:
             versions[package] = version(package)

@@ -4,6 +4,8 @@
 
 #include "csrc/common/cpu_dispatch.h"
 #include "csrc/ops/augment.h"
+#include "csrc/ops/diffusion.h"
+#include "csrc/ops/group_norm_silu.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
 #include "csrc/ops/similarity_lse.h"
@@ -48,6 +50,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("augment_draw",               &augment_draw);
   m.def("augment_forward",            &augment_forward);
   m.def("philox4x32",                 &philox4x32_words);
+  m.def("diffusion_step",             &diffusion_step);
+  m.def("diffusion_q_sample",         &diffusion_q_sample);
+  m.def("diffusion_loss_forward",     &diffusion_loss_forward);
+  m.def("diffusion_loss_backward",    &diffusion_loss_backward);
+  m.def("diffusion_noise",            &diffusion_noise);
+  m.def("ddpm_coefficients",          &ddpm_coefficients);
+  m.def("ddim_coefficients",          &ddim_coefficients);
+  m.def("dpm_coefficients",           &dpm_coefficients);
+  m.def("group_norm_silu_forward",    &group_norm_silu_forward);
+  m.def("group_norm_silu_backward",   &group_norm_silu_backward);
   m.def("info_nce_forward",           &info_nce_forward);
   m.def("info_nce_backward",          &info_nce_backward);
   m.def("rotate4_forward",            &rotate4_forward);

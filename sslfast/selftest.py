@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast import _C, reference
 from sslfast.info import info
-from sslfast.ops import augment, info_nce, rotate4, similarity_lse
+from sslfast.ops import augment, diffusion, group_norm_silu, info_nce, rotate4, similarity_lse
 
 REPORT = """
 {wrong} computed something wrong on this machine. Please report it to the project, with the table above and this:
@@ -97,9 +97,51 @@ def check_rotate4(device: str) -> Iterator[Comparison]:
                 yield Comparison(_name(dtype), actual, expected, 0.0)
 
 
+def check_diffusion(device: str) -> Iterator[Comparison]:
+    coefficients = torch.tensor([1.0, -0.6, 1.3, 0.4, 0.5, -0.3, 0.2, 0.0, 0.7, -6.0, -3.0, 17.0])
+    alphas = torch.linspace(0.999, 0.01, 50)
+    for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)):
+        for shape in ((3, 3, 32, 32), (5, 1, 27, 29)):
+            model, x, old = torch.randn(3, *shape, generator=torch.Generator().manual_seed(shape[2])).to(dtype)
+            seeds, t = torch.arange(shape[0]), torch.arange(shape[0]) * 9
+            noise = diffusion.diffusion_noise(seeds.to(device), shape[1:], step=17).cpu().double()
+            ours = [a.to(device) for a in (model, x, coefficients, old, seeds, t, alphas)]
+            step = diffusion.diffusion_step(*ours[:3], clip=1.5, history=[ours[3]], seeds=ours[4])
+            wide = (model.double(), x.double(), coefficients, 1.5, None, [old.double()], noise, "fixed")
+            for actual, expected in zip(step, reference.diffusion.diffusion_step(*wide), strict=True):
+                yield Comparison(f"step, {_name(dtype)}", actual, expected, allowed)
+            noisy = diffusion.q_sample(ours[1], *ours[5:], seeds=ours[4], step=17, prediction_type="v_prediction")
+            right = reference.diffusion.q_sample(x.double(), t, alphas, noise, "v_prediction")
+            for actual, expected in zip(noisy, right, strict=True):
+                yield Comparison(f"q_sample, {_name(dtype)}", actual, expected, allowed)
+            leaves = ours[0].requires_grad_(), model.double().requires_grad_()
+            loss = diffusion.diffusion_loss(leaves[0], ours[1], *ours[5:], snr_gamma=5.0)
+            expected = reference.diffusion.diffusion_loss(leaves[1], x.double(), t, alphas, "epsilon", 5.0, "mean")
+            yield Comparison(f"loss, {_name(dtype)}", loss, expected, 2e-6)
+            grad, right = (torch.autograd.grad(1000 * a, b)[0] for a, b in zip((loss, expected), leaves, strict=True))
+            yield Comparison(f"gradient, {_name(dtype)}", grad, right, allowed)
+
+
+def check_group_norm_silu(device: str) -> Iterator[Comparison]:
+    for dtype, allowed in ((torch.float32, 5e-6), (torch.bfloat16, 4e-3), (torch.float16, 6e-4)):
+        for shape, groups in (((3, 12, 9, 7), 4), ((2, 64, 16, 16), 32)):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])).to(dtype)
+                ours, true = x.to(device, memory_format=memory_format).requires_grad_(), x.double().requires_grad_()
+                out = group_norm_silu(ours, groups)
+                expected = reference.group_norm_silu.group_norm_silu(true, groups)
+                yield Comparison(_name(dtype), out, expected, allowed)
+                weights = torch.linspace(-1, 1, x.numel()).reshape(shape).to(dtype)
+                grad = torch.autograd.grad(out, ours, weights.to(device))[0]
+                expected_grad = torch.autograd.grad(expected, true, weights.double())[0]
+                yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
+
+
 CHECKS: dict[str, Callable[[str], Iterator[Comparison]]] = {
     "info_nce": check_info_nce,
     "augment": check_augment,
+    "diffusion": check_diffusion,
+    "group_norm_silu": check_group_norm_silu,
     "rotate4": check_rotate4,
     "similarity_lse": check_similarity_lse,
 }

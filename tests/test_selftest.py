@@ -18,7 +18,8 @@ def test_all_kernels_are_right(capsys):
 @pytest.mark.parametrize("op", list(selftest.CHECKS))
 @pytest.mark.parametrize("fault", ["off by one", "nan", "raises"])
 def test_a_wrong_kernel_is_named(op, fault, monkeypatch, capsys):
-    kernel = getattr(_C, f"{op}_forward")
+    name = "diffusion_loss_forward" if op == "diffusion" else f"{op}_forward"
+    kernel = getattr(_C, name)
 
     def broken(*args):
         if fault == "raises":
@@ -31,7 +32,7 @@ def test_a_wrong_kernel_is_named(op, fault, monkeypatch, capsys):
             first.fill_(float("nan") if first.is_floating_point() else 255)
         return result
 
-    monkeypatch.setattr(_C, f"{op}_forward", broken)
+    monkeypatch.setattr(_C, name, broken)
     monkeypatch.setattr(selftest, "CHECKS", {op: selftest.CHECKS[op]})
     before = _C.cpu_capability()
     with pytest.raises(SystemExit) as exit:

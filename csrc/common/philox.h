@@ -7,7 +7,6 @@
 // Two ops that use the same seed differ in `purpose` and therefore never share a random number.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "csrc/common/macros.h"
@@ -52,15 +51,6 @@ SSLFAST_HOST_DEVICE float uniform_float(uint32_t bits) { return static_cast<floa
 // {0, …, n - 1}; the bias is below n / 2^32.
 SSLFAST_HOST_DEVICE uint32_t uniform_below(uint32_t bits, uint32_t n) {
   return static_cast<uint32_t>((uint64_t{bits} * n) >> 32);
-}
-
-// Two independent standard normals from two words (Box-Muller). The radius comes from (0, 1], so log is finite.
-SSLFAST_HOST_DEVICE void normal_pair(uint32_t bits0, uint32_t bits1, float* first, float* second) {
-  const float u = (static_cast<float>(bits0 >> 8) + 1.0f) * (1.0f / 16777216.0f);
-  const float angle = 6.283185307179586f * uniform_float(bits1);
-  const float radius = sqrtf(-2.0f * logf(u));
-  *first = radius * cosf(angle);
-  *second = radius * sinf(angle);
 }
 
 }  // namespace sslfast
