@@ -30,7 +30,7 @@ LAYERS = [
     {"distributed"},
     {"losses", "transforms", "schedulers"},
     {"patch"},
-    {"models", "training"},
+    {"models", "unet", "training"},
     {"evaluation"},
     {"methods"},
     {"cli", "info"},
