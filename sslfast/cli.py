@@ -8,6 +8,8 @@ from sslfast.training import UserError
 COMMANDS = {
     "simclr": ("sslfast.methods.simclr", "train an encoder on unlabelled images with SimCLR"),
     "moco": ("sslfast.methods.moco", "train an encoder on unlabelled images with MoCo v1, v2 or v3"),
+    "ddpm": ("sslfast.methods.ddpm", "train a diffusion model that draws images"),
+    "sample": ("sslfast.evaluation.sample", "draw images from a ddpm run, paint in, go from one image to another"),
     "evaluate": ("sslfast.evaluation.evaluate", "judge the encoder of a run: kNN, linear probe, pictures"),
     "augment-gallery": ("sslfast.evaluation.gallery", "draw what an augmentation makes of a data set"),
     "selftest": ("sslfast.selftest", "compare every kernel that this machine can run with the reference"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,12 @@ class Evaluate:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command `sslfast evaluate`."""
+    """The command `sslfast evaluate`; a run of ddpm has a judge, and options, of its own."""
+    for word in sys.argv[2:] if args is None else args:
+        if (Path(word) / "config.json").is_file() and checkpoint.load_config(Path(word))["method"] == "ddpm":
+            from sslfast.evaluation import evaluate_ddpm
+
+            return evaluate_ddpm.main(args)
     options = tyro.cli(Evaluate, args=args, prog="sslfast evaluate")
     evaluate(Path(options.run), options.device, options.map_samples)
 
