@@ -1,7 +1,7 @@
 """DDPM by sslfast against the same by diffusers: sampling, a training step, and a training of equal time.
 
     python benchmarks/ddpm_peer.py                        # speed: a few minutes
-    python benchmarks/ddpm_peer.py --train --epochs 7     # and a training of each: over an hour on two cores
+    python benchmarks/ddpm_peer.py --train --epochs 6     # and a training of each: over an hour on two cores
 
 Both sides have the same network with the same weights. The peer is written as its project's own examples are: a
 `UNet2DModel` in float32, `DDIMPipeline`, and the training step of examples/unconditional_image_generation (noise,
@@ -45,7 +45,7 @@ class Options:
     """Also train both for equal time, and compare FID."""
     data: str = "fashion-mnist"
     """Data set of the training."""
-    epochs: int = 7
+    epochs: int = 6
     """Epochs of sslfast; the peer gets the seconds that they took."""
     batch_size: int = 64
     """Images a step, and images sampled at once."""

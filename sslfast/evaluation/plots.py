@@ -27,7 +27,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     figure, axes = _figure(7, 4)
     axes.plot(epochs, loss, color=LINE, alpha=0.25, linewidth=1)
     axes.plot(epochs[window - 1 :], smooth, color=LINE, linewidth=2)
-    axes.set(xlabel="epoch", ylabel="NT-Xent loss", title="Training loss", xlim=(0, epochs[-1]))
+    axes.set(xlabel="epoch", ylabel="loss", title="Training loss", xlim=(0, epochs[-1]))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)
     rate = axes.twinx()
     rate.plot(epochs, [line["lr"] for line in lines], color="#8b949e", linewidth=1.2, linestyle=":")

@@ -30,7 +30,7 @@ class DDPM:
 
     Writes a folder: metrics.jsonl, TensorBoard events, checkpoints, and at the end figures and pictures.
 
-    Example: sslfast ddpm --data fashion-mnist --epochs 20
+    Example: sslfast ddpm --data fashion-mnist
     """
 
     data: str = "digits"
@@ -44,9 +44,9 @@ class DDPM:
     """Continue the run in this folder with its own settings. Of these, --epochs, --device, --workers, --corrupt,
     --log-every, --checkpoint-seconds and --evaluate may be changed."""
 
-    epochs: int = 20
+    epochs: int = 6
     """How often each image is seen."""
-    batch_size: int = 128
+    batch_size: int = 64
     """Images a step."""
     lr: float = 1e-3
     """Learning rate of AdamW; it rises from 0 at first, and falls to 0 along half a cosine."""
@@ -59,7 +59,7 @@ class DDPM:
     average: float = 0.999
     """How much of the moving average of the weights stays in each step (less at first: (1 + step) / (10 + step))."""
 
-    widths: tuple[int, ...] = (64, 128, 128)
+    widths: tuple[int, ...] = (64, 64, 64)
     """Channels of the U-Net at each resolution; each resolution is half of the one before. Multiples of 8."""
     blocks: int = 1
     """Residual blocks of each resolution on the way down; one more on the way up."""
