@@ -73,7 +73,7 @@ def peer_network(options: Options, size: int) -> diffusers.UNet2DModel:
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D",),
         up_block_types=("AttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
-        attention_head_dim=64,
+        attention_head_dim=min(64, options.widths[-1]),
         norm_num_groups=8,
     )
 

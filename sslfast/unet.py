@@ -336,12 +336,19 @@ def from_diffusers(source) -> UNet:
 
 
 def save_diffusers(unet: UNet, folder: Path | str, sample_size: int | None = None) -> None:
-    """Write a UNet as a folder from which diffusers' `UNet2DModel.from_pretrained(folder)` loads the same network."""
+    """Write a UNet as a folder from which diffusers' `UNet2DModel.from_pretrained(folder)` loads the same network.
+
+    Raises ValueError for heads wider than the channels at some levels only, which no UNet2DModel has.
+    """
+    settings = unet.settings
+    levels = zip(settings["widths"], settings["attention"], strict=True)
+    attending = {width for width, attention in levels if attention} | {settings["widths"][-1]}
+    one_head = settings["head_width"] >= max(attending)
+    if not one_head and settings["head_width"] > min(attending):
+        raise ValueError(f"unet: diffusers has no heads of {settings['head_width']} at {min(attending)} channels")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = unet.settings
     kinds = ["Attn" if attention else "" for attention in settings["attention"]]
-    one_head = settings["head_width"] >= max(settings["widths"])
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": sample_size,

@@ -112,6 +112,23 @@ def test_heads_must_divide_the_channels():
         UNet(1, widths=(32, 32), head_width=20)
 
 
+def test_heads_that_diffusers_cannot_have_are_not_exported(tmp_path):
+    with pytest.raises(ValueError, match="heads of 32 at 16"):
+        save_diffusers(UNet(1, widths=(16, 64), attention=(True, True), head_width=32), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+@pytest.mark.parametrize("widths", [(16, 32), (64, 16)])
+def test_single_heads_are_exported_as_such(widths, tmp_path):
+    ours = UNet(2, widths=widths, head_width=32).eval()
+    torch.nn.init.normal_(ours.conv_out.weight, std=0.1)
+    save_diffusers(ours, tmp_path)
+    theirs = diffusers.UNet2DModel.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    images = torch.randn(2, 2, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images, 9).sample, ours(images, 9), rtol=0, atol=1e-5)
+
+
 def test_begins_as_zero_and_every_residual_branch_too():
     unet = UNet(1, widths=(32, 32), blocks=1)
     out = unet(torch.randn(2, 1, 8, 8), torch.tensor([3, 900]))
