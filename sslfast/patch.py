@@ -9,13 +9,15 @@ import functools
 import importlib
 import logging
 import pkgutil
+import weakref
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast import losses
+from sslfast import losses, schedulers
 
 log = logging.getLogger("sslfast")
 
@@ -35,7 +37,8 @@ def patch(library: str) -> "Patch":
     Patching twice is patching once, and the last undo counts.
 
     Args:
-        library: the name of a module: "lightly", "open_clip", "pytorch_metric_learning" or "info_nce".
+        library: the name of a module: "lightly", "open_clip", "pytorch_metric_learning", "info_nce" or "diffusers"
+            (the steps of its DDPMScheduler and DDIMScheduler).
 
     Raises:
         ValueError: a library that we know no faster form of.
@@ -193,7 +196,35 @@ def _info_nce_function(
     return losses.InfoNCE(temperature, reduction, negative_mode)(query, positive_key, negative_keys)
 
 
+Kind = type[schedulers.DDPMScheduler] | type[schedulers.DDIMScheduler]
+_MODULES: dict[Kind, str] = {
+    schedulers.DDPMScheduler: "diffusers.schedulers.scheduling_ddpm",
+    schedulers.DDIMScheduler: "diffusers.schedulers.scheduling_ddim",
+}
+_schedulers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # theirs: (its timesteps, ours)
+
+
+def _diffusers_step(kind: Kind, scheduler, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
+    """A step with the coefficients and the noise of diffusers' scheduler, from ours of the same configuration."""
+    if scheduler.config.get("variance_type") == "fixed_large_log":
+        raise Unsupported("variance_type: fixed_large_log is NaN in diffusers")
+    if torch.promote_types(model_output.dtype, sample.dtype) != sample.dtype:
+        raise Unsupported(f"model_output: {model_output.dtype} with a sample of {sample.dtype}")
+    timesteps, faster = _schedulers.get(scheduler, (None, None))
+    if timesteps is not scheduler.timesteps:  # set_timesteps was called
+        faster = kind.from_config(dict(scheduler.config)).follow(scheduler)
+        _schedulers[scheduler] = scheduler.timesteps, faster
+    found = faster.step(model_output, timestep, sample, *args, **kwargs)
+    if isinstance(found, tuple):
+        return found
+    output = pkgutil.resolve_name(f"{_MODULES[kind]}:{kind.__name__}Output")
+    return output(**found)
+
+
 FASTER: dict[str, dict[str, Callable]] = {
+    "diffusers": {
+        f"{module}:{kind.__name__}.step": functools.partial(_diffusers_step, kind) for kind, module in _MODULES.items()
+    },
     "lightly": {
         "lightly.loss.ntx_ent_loss:NTXentLoss.forward": _lightly_nt_xent,
         "lightly.loss.dcl_loss:DCLLoss.forward": _lightly_dcl,  # and of DCLWLoss, which inherits it

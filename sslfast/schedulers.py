@@ -137,6 +137,12 @@ class _Scheduler:
         self._steps = timesteps.astype(np.int64)
         self._tables = {key: table for key, table in self._tables.items() if key[0] == "alphas_cumprod"}
 
+    def follow(self, scheduler):
+        """Take the timesteps of a scheduler of diffusers; returns itself."""
+        self._set(scheduler.timesteps.cpu().numpy(), scheduler.timesteps.device)
+        self.num_inference_steps = scheduler.num_inference_steps
+        return self
+
     # ------------------------------------------------------------------------------------------ use
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:

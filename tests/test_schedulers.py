@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import sslfast
 from sslfast import schedulers
 from sslfast.ops import diffusion_noise
 
@@ -299,6 +300,38 @@ def test_noise_of_diffusers_generators():
         torch.manual_seed(5)
         found.append(scheduler.step(out, 500, x, return_dict=False)[0])
     torch.testing.assert_close(found[:2], found[2:], rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ patch
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_patched_diffusers_gives_the_same_images(name, monkeypatch):
+    calls = []
+    step = getattr(schedulers, name).step
+    monkeypatch.setattr(getattr(schedulers, name), "step", lambda *a, **k: calls.append(1) or step(*a, **k))
+    scheduler = getattr(diffusers, name)()
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    options = {"eta": 0.5} if name == "DDIMScheduler" else {}
+    for steps in (7, 11):
+        scheduler.set_timesteps(steps)
+        expected = trajectory(scheduler, x, **options)
+        with sslfast.patch("diffusers"):
+            found = trajectory(scheduler, x, **options)
+            out = scheduler.step(x, scheduler.timesteps[0], x)
+            assert len(scheduler.step(x, scheduler.timesteps[0], x, return_dict=False)) == 2
+        assert type(out) is type(scheduler.step(x, scheduler.timesteps[0], x))
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+        assert len(calls) == steps + 2
+        calls.clear()
+
+
+def test_patched_diffusers_leaves_alone_what_it_cannot_do(caplog):
+    scheduler = diffusers.DDPMScheduler(variance_type="fixed_large_log")
+    x = torch.randn(1, 3, 4, 4)
+    with sslfast.patch("diffusers"), caplog.at_level("WARNING", "sslfast"):
+        assert scheduler.step(x, 500, x).prev_sample.isnan().all()
+    assert "fixed_large_log is NaN in diffusers" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------ seeds
