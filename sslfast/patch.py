@@ -222,9 +222,6 @@ def _diffusers_step(kind: Kind, scheduler, model_output: Tensor, timestep, sampl
 
 
 FASTER: dict[str, dict[str, Callable]] = {
-    "diffusers": {
-        f"{module}:{kind.__name__}.step": functools.partial(_diffusers_step, kind) for kind, module in _MODULES.items()
-    },
     "lightly": {
         "lightly.loss.ntx_ent_loss:NTXentLoss.forward": _lightly_nt_xent,
         "lightly.loss.dcl_loss:DCLLoss.forward": _lightly_dcl,  # and of DCLWLoss, which inherits it
@@ -239,6 +236,9 @@ FASTER: dict[str, dict[str, Callable]] = {
     "info_nce": {
         "info_nce:InfoNCE.forward": _info_nce_class,
         "info_nce:info_nce": _info_nce_function,
+    },
+    "diffusers": {
+        f"{module}:{kind.__name__}.step": functools.partial(_diffusers_step, kind) for kind, module in _MODULES.items()
     },
 }
 """By library: the places whose functions are exchanged, and what takes their place."""
