@@ -16,7 +16,8 @@ from sslfast.evaluation.sheets import save_gif, save_png, sheet
 from sslfast.training import UserError, data
 from sslfast.training.loop import best_precision
 
-FRAMES = 40  # of the animation
+FRAMES = 30  # of the animation
+GIF_WIDTH = 320  # pixels, about: noise does not compress
 STRIP = 10  # columns of the denoising strip
 
 
@@ -196,4 +197,4 @@ def draw_path(path: list[Tensor], columns: int, out: Path) -> None:
     chosen = [path[round(i * (len(path) - 1) / (STRIP - 1))] for i in range(min(STRIP, len(path)))]
     strip = torch.stack([images[:6] for images in chosen], dim=1)
     save_png(sheet(strip.flatten(0, 1), len(chosen)), out / "denoising.png")
-    save_gif([sheet(images, columns) for images in path], out / "denoising.gif")
+    save_gif([sheet(images, columns, width=GIF_WIDTH) for images in path], out / "denoising.gif")

@@ -8,13 +8,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-WIDTH = 640  # pixels, about: small images are enlarged by a whole factor up to it
 
+def sheet(images: Tensor, columns: int, width: int = 640) -> Image.Image:
+    """Return images (N, 1 or 3, H, W) uint8 in rows of ``columns`` on white.
 
-def sheet(images: Tensor, columns: int) -> Image.Image:
-    """Return images (N, 1 or 3, H, W) uint8 in rows of ``columns`` on white, enlarged so that they can be seen."""
+    Small ones are enlarged, by a whole factor that makes the sheet about ``width`` pixels wide.
+    """
     grid = make_grid(images, nrow=columns, padding=2, pad_value=255)
-    factor = max(1, round(WIDTH / grid.shape[2]))
+    factor = max(1, round(width / grid.shape[2]))
     grid = grid.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
     return Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy())
 
