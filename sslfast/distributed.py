@@ -35,15 +35,16 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_gather(tensor: Tensor, group: Group = None) -> Tensor:
+def all_gather(tensor: Tensor, group: Group = None, check: bool = True) -> Tensor:
     """Return the rows of all ranks, (n, …) -> (world·n, …) in the order of ranks; the gradient goes back to the owner.
 
     The gradient of a row is the sum over what all ranks did with it. Raises ValueError on all ranks where shapes
-    differ.
+    differ, unless `check` is False, for shapes that cannot.
     """
     if world_size(group) == 1:
         return tensor
-    check_same_shape(tensor, group)
+    if check:
+        check_same_shape(tensor, group)
     return _AllGather.apply(tensor, group)
 
 

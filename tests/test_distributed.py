@@ -1,24 +1,19 @@
 """The losses over several ranks, against the whole batch in one process. The ranks are processes with gloo."""
 
-import contextlib
 import copy
-import datetime
 import json
-import multiprocessing
-import socket
-import time
 import traceback
 from pathlib import Path
 
 import lightly.loss
 import pytest
+import ranks
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslfast import _C, distributed, losses, reference
-from sslfast.training import UserError
+from sslfast.training import UserError, micro_batch
 from sslfast.training import distributed as training
 
 WORLDS = (1, 2, 4)
@@ -160,8 +155,8 @@ def check_all_gather_and_its_gradient():
     everyones = distributed.all_gather(own)
     assert torch.equal(everyones, batch)
     (everyones * weights * (distributed.rank() + 1)).sum().backward()
-    ranks = distributed.world_size()
-    torch.testing.assert_close(own.grad, mine(weights) * (ranks * (ranks + 1) / 2))
+    world = distributed.world_size()
+    torch.testing.assert_close(own.grad, mine(weights) * (world * (world + 1) / 2))
 
 
 def check_an_uneven_batch_raises_on_all_ranks():
@@ -198,12 +193,33 @@ def check_batchnorm_of_all_ranks():
             torch.testing.assert_close(synchronised.state_dict()[name], buffer, rtol=1e-5, atol=1e-6)
 
 
+def check_slices_of_the_batch_on_each_rank():
+    """--micro-batch under torchrun: two slices a rank, and one average of gradients at the end."""
+    (batch,) = whole_batch(1, 2 * ROWS)
+    torch.manual_seed(3)
+    alone = nn.Sequential(nn.Linear(DIM, DIM), nn.Tanh(), nn.Linear(DIM, DIM)).double()
+    wrapped = training.wrap(copy.deepcopy(alone).float())
+    expected = reference.info_nce.nt_xent(alone(batch.double()), alone(-batch.double()), 0.5)
+    expected.backward()
+    own = mine(batch)
+    slices = [torch.cat([part, -part]) for part in own.split(len(own) // 3)]
+
+    def loss_of(parts: list[Tensor]) -> Tensor:
+        first, second = zip(*(part.chunk(2) for part in parts), strict=True)
+        return distributed.nt_xent(torch.cat(first), torch.cat(second), 0.5)
+
+    found = micro_batch.backward(wrapped, wrapped, slices, loss_of)
+    torch.testing.assert_close(training.mean(found).double(), expected.detach(), rtol=TOLERANCE, atol=TOLERANCE)
+    for gradient, wanted in zip(gradients(wrapped), gradients(alone), strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def check_what_the_loop_asks():
-    me, ranks = distributed.rank(), distributed.world_size()
-    assert training.any_rank(me == ranks - 1, False) == (True, False)
-    assert training.smallest(10 - me) == 11 - ranks
-    assert training.mean(torch.tensor(float(me))) == (ranks - 1) / 2
-    assert [*range(12)][training.share(12)] == [*range(me * 12 // ranks, (me + 1) * 12 // ranks)]
+    me, world = distributed.rank(), distributed.world_size()
+    assert training.any_rank(me == world - 1, False) == (True, False)
+    assert training.smallest(10 - me) == 11 - world
+    assert training.mean(torch.tensor(float(me))) == (world - 1) / 2
+    assert [*range(12)][training.share(12)] == [*range(me * 12 // world, (me + 1) * 12 // world)]
     assert training.on_main(lambda: me) == 0
     with pytest.raises(UserError, match="only the main rank knows"):
         training.on_main(lambda: fail("only the main rank knows"))
@@ -216,28 +232,11 @@ def fail(message: str):
 CHECKS = {name: function for name, function in globals().items() if name.startswith("check_")}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def group(rank: int, world: int, port: int, timeout: float = 15):
-    store = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", store, datetime.timedelta(seconds=timeout), world, rank)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 def run_checks(rank: int, world: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
     if _C.cpu_capability().startswith("amx"):  # its gradients of float32 are made of two bfloat16 terms
         _C.set_cpu_capability("avx512")
     outcomes = {}
-    with group(rank, world, port):
+    with ranks.group(rank, world, port):
         for name, check in CHECKS.items():
             try:
                 check()
@@ -249,35 +248,14 @@ def run_checks(rank: int, world: int, port: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(outcomes))
 
 
-def start(function, world: int, *args) -> list:
-    """Start processes with function(rank, world, port, *args): forked from one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    port = free_port()
-    processes = [context.Process(target=function, args=(rank, world, port, *args)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def join(processes: list, seconds: float = 120) -> list[int | None]:
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
 @pytest.fixture(scope="module", params=WORLDS, ids=lambda world: f"{world} ranks")
 def outcomes(request, tmp_path_factory) -> dict[str, list[str]]:
     """What went wrong in each check on each rank: nothing is the empty string."""
     folder = tmp_path_factory.mktemp("ranks")
-    codes = join(start(run_checks, request.param, folder))
+    codes = ranks.join(ranks.start(run_checks, request.param, folder))
     assert codes == [0] * request.param
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
-    return {name: [rank.get(name, "not reached") for rank in ranks] for name in CHECKS}
+    results = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    return {name: [result.get(name, "not reached") for result in results] for name in CHECKS}
 
 
 @pytest.mark.parametrize("check", CHECKS)

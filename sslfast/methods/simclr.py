@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sslfast.losses import NTXentLoss
 from sslfast.models import EncoderName, build_encoder, projection_head
-from sslfast.training import UserError, data, distributed, optimizers
+from sslfast.training import UserError, data, distributed, micro_batch, optimizers
 from sslfast.training.loop import Loop, begin, best_precision, check, parse
 from sslfast.transforms import SimCLRTransform
 
@@ -83,6 +83,9 @@ class SimCLR:
     """Where to train: cpu, cuda, cuda:1, …"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of encoder and head; auto: bfloat16 where the hardware multiplies matrices in it."""
+    micro_batch: int = 0
+    """Encode so many images of a batch at a time: the loss is still that of the whole batch, the memory that of a
+    slice, and BatchNorm sees slices. A step costs one more forward pass. 0: the whole batch at once."""
     sync_batchnorm: bool = False
     """Under torchrun: BatchNorm sees the batch of all ranks instead of each rank its own part."""
     compile: bool = False
@@ -116,7 +119,17 @@ def main(args: list[str] | None = None) -> None:
 def train(config: SimCLR) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
     positive = ("epochs", "batch_size", "lr", "temperature", "head_layers", "crop_scale", "log_every")
-    not_negative = ("momentum", "weight_decay", "warmup_epochs", "color", "flip", "blur", "workers", "size")
+    not_negative = (
+        "momentum",
+        "weight_decay",
+        "warmup_epochs",
+        "color",
+        "flip",
+        "blur",
+        "workers",
+        "size",
+        "micro_batch",
+    )
     check(config, positive, not_negative, at_most_1=("crop_scale", "flip", "blur"))
     if config.encoder == "small" and config.size % 2:
         raise UserError(f"--size must be even for the small encoder, not {config.size}")
@@ -152,17 +165,24 @@ def train(config: SimCLR) -> Path | None:
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
 
+    def encode(views: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+            return forward(views).float()
+
+    def loss_of(slices: list[Tensor]) -> Tensor:
+        first, second = zip(*(vectors.chunk(2) for vectors in slices), strict=True)
+        return criterion(torch.cat(first), torch.cat(second))
+
+    slice_size = config.micro_batch or config.batch_size
     with Loop(run, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
         for epoch, pixels, ids in loop.batches(images):
-            views = torch.cat(transform(pixels, ids, epoch)).to(device)
+            views = [view.split(slice_size) for view in transform(pixels, ids, epoch)]
+            slices = [torch.cat(pair).to(device) for pair in zip(*views, strict=True)]
             rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)
             optimizers.set_learning_rate(optimizer, rate)
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-                vectors = forward(views)
-            loss = criterion(*vectors.float().chunk(2))
             optimizer.zero_grad()
-            loss.backward()
+            loss = micro_batch.backward(wrapped, encode, slices, loss_of)
             optimizer.step()
             loop.end_step(len(ids), loss=loss, lr=rate)
     return None if loop.stopped else run

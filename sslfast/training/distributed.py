@@ -19,10 +19,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_gather as differentiable_all_gather
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslfast.distributed import rank, world_size
+from sslfast.distributed import all_gather, rank, world_size
 from sslfast.training import UserError
 
 T = TypeVar("T")
@@ -177,7 +176,7 @@ class SyncBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         dims = [dim for dim in range(x.dim()) if dim != 1]
         own = torch.stack(torch.var_mean(x, dims, correction=0))
-        variances, means = torch.stack(differentiable_all_gather(own)).unbind(1)
+        variances, means = all_gather(own[None], check=False).unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
         if self.track_running_stats:
