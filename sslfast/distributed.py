@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslfast import ops
+from sslfast.ops.info_nce import check_views
 
 Group = dist.ProcessGroup | None
 """A process group; None is the default one."""
@@ -71,6 +72,7 @@ def nt_xent(
     """
     if world_size(group) == 1:
         return ops.nt_xent(z1, z2, temperature)
+    check_views(z1, z2, temperature)
     z = torch.cat([z1, z2])
     wide = _wide(z.dtype)
     z = F.normalize(z.to(wide), dim=1).to(z.dtype)
@@ -97,7 +99,7 @@ def similarity_lse(
         scale: number, or a tensor with one element.
         exclude: int64 (M,) or (M, E): of this rank's own keys, those that row i leaves out.
         ring: False gathers all keys, while this rank's own are worked on. True passes them from rank to rank instead,
-            forward and backward: no rank ever holds more keys than its own and those of two others.
+            forward and backward: a rank holds a few blocks of them, however many ranks there are.
         group: the process group.
 
     Returns:

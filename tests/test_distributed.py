@@ -1,11 +1,13 @@
 """The losses over several ranks, against the whole batch in one process. The ranks are processes with gloo."""
 
 import copy
+import itertools
 import json
 import traceback
 from pathlib import Path
 
 import lightly.loss
+import open_clip.loss
 import pytest
 import ranks
 import torch
@@ -106,16 +108,67 @@ def check_the_module_of_simclr():
         )
 
 
-def check_lightly_agrees_rank_by_rank():
-    """Not only the average: each rank's loss and gradient are those of lightly."""
+def assert_same_on_this_rank(ours, theirs, learns: tuple[float, ...] = ()):
+    """Two losses give this rank the same value and the same gradients, before any averaging."""
     results = []
-    for criterion in (losses.NTXentLoss, lightly.loss.NTXentLoss):
-        own = [mine(x).clone().requires_grad_() for x in whole_batch()]
-        loss = criterion(0.3, gather_distributed=True)(*own)
+    for criterion in (ours, theirs):
+        own = [F.normalize(mine(x)).clone().requires_grad_() for x in whole_batch()]
+        own += [torch.tensor(value, requires_grad=True) for value in learns]
+        loss = criterion(*own)
         loss.backward()
-        results.append((loss.detach(), *(x.grad for x in own)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+        results.append((loss.detach(), *(torch.zeros(()) if x.grad is None else x.grad for x in own)))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=2 * TOLERANCE, atol=TOLERANCE)
+
+
+def check_lightly_agrees_rank_by_rank():
+    for name in ("NTXentLoss", "DCLLoss", "DCLWLoss"):
+        ours, theirs = (getattr(module, name)(0.3, gather_distributed=True) for module in (losses, lightly.loss))
+        assert_same_on_this_rank(ours, theirs)
+
+
+def check_open_clip_agrees_rank_by_rank():
+    me, world = distributed.rank(), distributed.world_size()
+    for local_loss, gather_with_grad in itertools.product((False, True), repeat=2):
+        arguments = {"local_loss": local_loss, "gather_with_grad": gather_with_grad, "rank": me, "world_size": world}
+        ours, theirs = losses.ClipLoss(**arguments), open_clip.loss.ClipLoss(**arguments, cache_labels=True)
+        assert_same_on_this_rank(ours, theirs, learns=(7.0,))
+    ours, theirs = (module.SigLipLoss(rank=me, world_size=world) for module in (losses, open_clip.loss))
+    assert_same_on_this_rank(ours, theirs, learns=(7.0, -2.0))
+
+
+def check_clip():
+    me, world = distributed.rank(), distributed.world_size()
+
+    def of_all(x, y, scale):
+        logits, labels = scale * x @ y.T, torch.arange(len(x))
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    for local_loss, ring in ((False, False), (True, False), (True, True)):
+        criterion = losses.ClipLoss(local_loss, True, rank=me, world_size=world, ring=ring)
+        assert_as_one_process(criterion, of_all)
+    if world > 1:
+        with pytest.raises(ValueError, match=f"rank, world_size: expected those .*, {me} and {world}, got 9 and 16"):
+            losses.ClipLoss(rank=9, world_size=16)(*whole_batch(), 1.0)
+
+
+def check_siglip():
+    criterion = losses.SigLipLoss(rank=distributed.rank(), world_size=distributed.world_size())
+
+    def of_all(x, y, scale):
+        signs = 2 * torch.eye(len(x), dtype=x.dtype) - 1
+        return -F.logsigmoid(signs * (scale * x @ y.T - 1.5)).sum() / len(x)
+
+    assert_as_one_process(lambda x, y, scale: criterion(x, y, scale, -1.5), of_all)
+
+
+def check_dcl():
+    for ring in (False, True):
+        criterion = losses.DCLLoss(0.2, gather_distributed=True, ring=ring)
+        assert_as_one_process(
+            lambda x, y, scale, criterion=criterion: criterion(x, y) + 0 * scale,
+            lambda x, y, scale: lightly.loss.DCLLoss(0.2)(x, y) + 0 * scale,
+        )
 
 
 def check_queries_against_keys():
@@ -168,6 +221,8 @@ def check_an_uneven_batch_raises_on_all_ranks():
         lambda: distributed.all_gather(x),
         lambda: losses.NTXentLoss(gather_distributed=True)(x, x + 1),
         lambda: losses.NTXentLoss(gather_distributed=True, ring=True)(x, x + 1),
+        lambda: losses.DCLLoss(gather_distributed=True)(x, x + 1),
+        lambda: losses.ClipLoss(True, True, rank=distributed.rank(), world_size=distributed.world_size())(x, x, 1.0),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"one shape on all ranks, got \([48], 8\) on rank 0.*\([36], 8\) on rank"):

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sslfast import distributed
+
 
 def compute_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -47,6 +49,16 @@ def check_pairs(first: tuple[str, Tensor], second: tuple[str, Tensor]) -> None:
         raise TypeError(f"{other}: expected the dtype of {name}, {a.dtype}, got {b.dtype}")
     if a.device != b.device:
         raise ValueError(f"{other}: expected the device of {name}, {a.device}, got {b.device}")
+
+
+def check_ranks(rank: int, world_size: int) -> None:
+    """That what a loss was told of the process group is so."""
+    found = distributed.rank(), distributed.world_size()
+    if world_size > 1 and (rank, world_size) != found:
+        raise ValueError(
+            f"rank, world_size: expected those of torch.distributed's process group, {found[0]} and {found[1]}, "
+            f"got {rank} and {world_size}"
+        )
 
 
 def check_labels(name: str, labels: Tensor | None, rows: Tensor) -> Tensor:

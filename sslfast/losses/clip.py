@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast.losses._common import check_pairs, compute_dtype, row_dots
+from sslfast import distributed
+from sslfast.losses._common import check_pairs, check_ranks, compute_dtype, row_dots
 from sslfast.ops.similarity_lse import similarity_lse
 
 _STRIP = 256  # rows of SigLIP's logits that are held at once
@@ -20,13 +21,20 @@ class ClipLoss(nn.Module):
     output_dict=True it returns {"contrastive_loss": loss}.
 
     Args:
+        local_loss: with several ranks, each compares its own rows with those of all; the mean over ranks is the loss of
+            the whole batch. False: each computes that loss, all of it.
+        gather_with_grad: gradients reach the features of other ranks, so that those that DistributedDataParallel
+            averages are the gradients of the whole batch. False: as in open_clip, they do not.
         cache_labels: has no effect: there are no labels.
-        local_loss, gather_with_grad, rank, world_size: only world_size=1 for now.
+        rank, world_size: of the process group of torch.distributed.
         use_horovod: only False.
+        ring: pass the features from rank to rank instead of holding all of them on each; with local_loss and
+            gather_with_grad.
 
     Raises:
-        ValueError, TypeError: features of different shapes, dtypes or devices.
-        NotImplementedError: world_size > 1 or use_horovod.
+        ValueError, TypeError: features of different shapes, dtypes or devices, on different ranks too; a rank or
+            world_size that the process group does not have; ring without what it needs.
+        NotImplementedError: use_horovod.
     """
 
     def __init__(
@@ -37,12 +45,15 @@ class ClipLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        ring: bool = False,
     ):
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(f"world_size: only 1 is implemented, got {world_size}")
         if use_horovod:
             raise NotImplementedError("use_horovod: only False is implemented, got True")
+        if ring and not (local_loss and gather_with_grad):
+            raise ValueError("ring: expected False without local_loss=True and gather_with_grad=True")
+        self.ring = ring
         self.local_loss, self.gather_with_grad, self.cache_labels = local_loss, gather_with_grad, cache_labels
         self.rank, self.world_size, self.use_horovod = rank, world_size, use_horovod
 
@@ -55,14 +66,39 @@ class ClipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         check_pairs(("image_features", image_features), ("text_features", text_features))
-        own = torch.arange(len(image_features), device=image_features.device)
-        per_image, per_text = similarity_lse(image_features, text_features, logit_scale, exclude=own, columns=True)
-        positives = logit_scale * row_dots(image_features, text_features)
-        loss = (F.softplus(per_image - positives) + F.softplus(per_text - positives)).mean() / 2
+        check_ranks(self.rank, self.world_size)
+        if self.world_size > 1 and self.local_loss:
+            loss = self._of_own_rows(image_features, text_features, logit_scale)
+        else:
+            images, texts = image_features, text_features
+            if self.world_size > 1:
+                gather = distributed.all_gather if self.gather_with_grad else _all_gather_own_gradient
+                images, texts = gather(images), gather(texts)
+            own = torch.arange(len(images), device=images.device)
+            per_image, per_text = similarity_lse(images, texts, logit_scale, exclude=own, columns=True)
+            positives = logit_scale * row_dots(images, texts)
+            loss = (F.softplus(per_image - positives) + F.softplus(per_text - positives)).mean() / 2
         if logit_bias is not None:
             loss = loss + 0 * logit_bias
         loss = loss.to(compute_dtype(image_features))
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _of_own_rows(self, images: Tensor, texts: Tensor, logit_scale: float | Tensor) -> Tensor:
+        """Own images against the texts of all ranks, and own texts against their images."""
+        own = torch.arange(len(images), device=images.device)
+        total = torch.zeros((), dtype=torch.float64, device=images.device)
+        for rows, keys in ((images, texts), (texts, images)):
+            keys = keys if self.gather_with_grad else keys.detach()
+            lse = distributed.similarity_lse(rows, keys, logit_scale, exclude=own, ring=self.ring)
+            total = total + F.softplus(lse - logit_scale * row_dots(rows, keys)).mean() / 2
+        return total
+
+
+def _all_gather_own_gradient(features: Tensor) -> Tensor:
+    """The rows of all ranks, of which only the own ones carry a gradient."""
+    everyones = distributed.all_gather(features.detach())
+    start = distributed.rank() * len(features)
+    return torch.cat([everyones[:start], features, everyones[start + len(features) :]])
 
 
 class SigLipLoss(nn.Module):
@@ -76,17 +112,17 @@ class SigLipLoss(nn.Module):
 
     Args:
         cache_labels: has no effect: there are no labels.
-        rank, world_size, dist_impl: only world_size=1 for now.
+        rank, world_size: of the process group of torch.distributed. A rank compares its images with the texts of all;
+            the mean over ranks is the loss of the whole batch, and DistributedDataParallel's gradients are those of it.
+        dist_impl: has no effect: texts are gathered.
 
     Raises:
-        ValueError, TypeError: features of different shapes, dtypes or devices.
-        NotImplementedError: world_size > 1.
+        ValueError, TypeError: features of different shapes, dtypes or devices, on different ranks too; a rank or
+            world_size that the process group does not have.
     """
 
     def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None):
         super().__init__()
-        if world_size > 1:
-            raise NotImplementedError(f"world_size: only 1 is implemented, got {world_size}")
         self.cache_labels, self.rank, self.world_size, self.dist_impl = cache_labels, rank, world_size, dist_impl
 
     def forward(
@@ -98,21 +134,26 @@ class SigLipLoss(nn.Module):
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
         check_pairs(("image_features", image_features), ("text_features", text_features))
+        check_ranks(self.rank, self.world_size)
+        first_text = self.rank * len(text_features)
+        if self.world_size > 1:
+            text_features = distributed.all_gather(text_features)
         dtype = compute_dtype(image_features)
         scale, bias = (
             torch.as_tensor(t, dtype=dtype, device=image_features.device)
             for t in (logit_scale, 0.0 if logit_bias is None else logit_bias)
         )
         with torch.autocast(image_features.device.type, enabled=False):
-            loss = _SigmoidPairs.apply(image_features.to(dtype), text_features.to(dtype), scale, bias)
+            loss = _SigmoidPairs.apply(image_features.to(dtype), text_features.to(dtype), scale, bias, first_text)
         return {"contrastive_loss": loss} if output_dict else loss
 
 
 class _SigmoidPairs(torch.autograd.Function):
-    """SigLIP's loss of (B, D) images and texts; the gradients come with the forward pass, strip by strip."""
+    """SigLIP's loss of B images, of which the first belongs to text number `first_text`, and the texts, of whatever
+    number; the gradients come with the forward pass, strip by strip."""
 
     @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first_text: int) -> Tensor:
         needed = any(ctx.needs_input_grad)
         total = images.new_zeros((), dtype=torch.float64)
         grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
@@ -121,11 +162,11 @@ class _SigmoidPairs(torch.autograd.Function):
             strip = images[first : first + _STRIP]
             similarities = strip @ texts.T
             logits = similarities * scale + bias
-            logits.diagonal(first).neg_()  # of −log sigmoid(−l), of which there is one for each pair
+            logits.diagonal(first_text + first).neg_()  # of −log sigmoid(−l), of which there is one for each pair
             total += F.softplus(logits).sum(dtype=torch.float64)
             if needed:
                 weights = logits.sigmoid_()
-                weights.diagonal(first).neg_()
+                weights.diagonal(first_text + first).neg_()
                 grad_images[first : first + len(strip)] = weights @ texts
                 grad_texts.addmm_(weights.T, strip)
                 grad_bias += weights.sum(dtype=torch.float64)
@@ -137,4 +178,4 @@ class _SigmoidPairs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return tuple((grad / ctx.batch * t).to(grad.dtype) for t in ctx.saved_tensors)
+        return *((grad / ctx.batch * t).to(grad.dtype) for t in ctx.saved_tensors), None

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslfast import distributed
 from sslfast.losses._common import check_pairs, check_temperature, compute_dtype, normalize, row_dots
 from sslfast.ops.similarity_lse import similarity_lse
 
@@ -26,11 +27,13 @@ class DCLLoss(nn.Module):
         temperature: positive number.
         weight_fn: called with the normalised views, (batch, dim) each, and once more with the two exchanged; returns
             the (batch,) weights of the positives' similarities. None: 1.
-        gather_distributed: only False for now.
+        gather_distributed: take the views of all ranks of torch.distributed as negatives. The loss is that of this
+            rank's rows: its mean over the ranks is the loss of the whole batch, and the gradients that
+            DistributedDataParallel averages are those of the whole batch; weight_fn sees the own rows.
+        ring: with gather_distributed, pass the views from rank to rank instead of holding all of them on each.
 
     Raises:
         ValueError: a temperature that is not positive, or views that do not fit or have fewer than two rows.
-        NotImplementedError: gathering from other ranks.
 
     Source: Yeh et al., "Decoupled Contrastive Learning", arXiv 2110.06848.
     """
@@ -40,21 +43,27 @@ class DCLLoss(nn.Module):
         temperature: float = 0.1,
         weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,
+        *,
+        ring: bool = False,
     ):
         super().__init__()
         check_temperature(temperature)
-        if gather_distributed:
-            raise NotImplementedError("gather_distributed: only False is implemented, got True")
+        self.ring = ring
         self.temperature, self.weight_fn, self.gather_distributed = temperature, weight_fn, gather_distributed
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         check_pairs(("out0", out0), ("out1", out1))
-        if len(out0) < 2:
+        world = distributed.world_size() if self.gather_distributed else 1
+        if world * len(out0) < 2:
             raise ValueError(f"out0: expected at least two rows, since negatives are other samples, got {len(out0)}")
         first, second = normalize(out0), normalize(out1)
         batch = len(first)
         rows = torch.arange(2 * batch, device=first.device)
-        lse = similarity_lse(torch.cat([first, second]), None, 1 / self.temperature, exclude=rows.roll(batch))
+        views, scale, partners = torch.cat([first, second]), 1 / self.temperature, rows.roll(batch)
+        if world > 1:
+            lse = distributed.similarity_lse(views, None, scale, exclude=partners, ring=self.ring)
+        else:
+            lse = similarity_lse(views, None, scale, exclude=partners)
         positives = (row_dots(first, second) / self.temperature).repeat(2)
         if self.weight_fn is not None:
             weights = torch.cat([self.weight_fn(first, second), self.weight_fn(second, first)])
@@ -71,8 +80,11 @@ class DCLWLoss(DCLLoss):
     Args:
         temperature: positive number.
         sigma: the weights' similarities are divided by it.
-        gather_distributed: only False for now.
+        gather_distributed, ring: as of DCLLoss; the weights are those among this rank's rows, as in lightly.
     """
 
-    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False):
-        super().__init__(temperature, partial(negative_mises_fisher_weights, sigma=sigma), gather_distributed)
+    def __init__(
+        self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False, *, ring: bool = False
+    ):
+        weights = partial(negative_mises_fisher_weights, sigma=sigma)
+        super().__init__(temperature, weights, gather_distributed, ring=ring)

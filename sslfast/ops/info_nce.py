@@ -43,7 +43,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
     """
-    _check(z1, z2, temperature, reduction)
+    check_views(z1, z2, temperature, reduction)
     if not _has_kernel(z1):
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
     if not isinstance(temperature, Tensor):  # on a GPU full() is a kernel, where tensor() would wait for a copy
@@ -54,7 +54,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
 
 
-def _check(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str) -> None:
+def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str = "mean") -> None:
+    """Raise TypeError or ValueError for what `nt_xent` does not take."""
     for name, z in (("z1", z1), ("z2", z2)):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(z).__name__}")
