@@ -397,7 +397,8 @@ __device__ __forceinline__ void blur_run(int radius, const float* weights, const
   for (int i = 0; i < kRun; ++i) out(i, sum[i]);
 }
 
-/// Blurs the tile, plane by plane: along rows into `lines`, then along columns back into the image.
+/// Blurs the tile, plane by plane: along rows into `lines`, then along columns back into the image. The barriers of the
+/// weights also end what came before.
 template <int kChannels, bool kInShared>
 __device__ __forceinline__ void blur(const KernelParams& p, const Region& region, const Work& work, float sigma) {
   const int radius = work.task->blur_radius, own = threadIdx.x;
@@ -586,7 +587,6 @@ __device__ __forceinline__ void make_tile(const KernelParams& p, int64_t index) 
 
     const float grey = sweep<kChannels, kInShared>(region, work, begin, end, contrast_offset, only_tile);
     if (end == blur_step) {
-      __syncthreads();
       blur<kChannels, kInShared>(p, region, work, task->steps[blur_step].value);
       only_tile = true;
       begin = end + 1;
