@@ -86,6 +86,19 @@ def test_atomics(order):
     assert run_feature("atomics", order).view(torch.int32)[:11].tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("empty_grid", "feature: the grid is empty or exceeds the limits"),
+        ("too_many_rows_of_blocks", "feature: the grid is empty or exceeds the limits"),
+        ("too_much_shared_memory", "feature: too much shared memory: 233472 bytes"),
+    ],
+)
+def test_launches_that_a_gpu_refuses(fault, message):
+    with pytest.raises(RuntimeError, match=message):
+        run_feature(fault, "ascending")
+
+
 def test_counters():
     emulator = cuda_emulation.load()
     emulator.reset_counters()

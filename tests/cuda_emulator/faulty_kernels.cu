@@ -168,9 +168,13 @@ void run_faulty_kernel(const std::string& name, const float* in, float* out) {
 void run_feature_kernel(const std::string& name, const float* in, float* out) {
   constexpr const char* kNames[] = {
       "named_barriers", "missing_named_barrier", "short_named_barrier", "mixed_counts", "votes", "atomics"};
+  LaunchConfig config = {"feature", 1, 128, 128 * sizeof(float), nullptr};
+  if (name == "empty_grid") config.grid = dim3(0);
+  if (name == "too_many_rows_of_blocks") config.grid = dim3(1, 65536);
+  if (name == "too_much_shared_memory") config.shared_bytes = 228 * 1024;
   int feature = 0;
-  while (name != kNames[feature]) ++feature;
-  launch(feature_kernel, {"feature", 1, 128, 128 * sizeof(float), nullptr}, {static_cast<Feature>(feature), in, out});
+  while (feature < 5 && name != kNames[feature]) ++feature;
+  launch(feature_kernel, config, {static_cast<Feature>(feature), in, out});
 }
 
 void run_matrix_product(const std::string& math, const void* a, const void* b, bool b_by_rows, float* c) {
