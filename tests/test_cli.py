@@ -9,6 +9,7 @@ import pytest
 from sslfast.cli import COMMANDS, main
 from sslfast.methods.moco import MoCo
 from sslfast.methods.simclr import SimCLR
+from sslfast.methods.ssgan import SSGAN
 
 
 def sslfast(*args: str) -> subprocess.CompletedProcess:
@@ -31,7 +32,7 @@ def test_unknown_command(capsys):
     assert "no command 'simlcr'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("method", "settings"), [("simclr", SimCLR), ("moco", MoCo)])
+@pytest.mark.parametrize(("method", "settings"), [("simclr", SimCLR), ("moco", MoCo), ("ssgan", SSGAN)])
 def test_help_of_a_method_explains_every_option(method, settings, capsys):
     with pytest.raises(SystemExit) as stop:
         main([method, "--help"])

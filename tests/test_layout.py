@@ -30,7 +30,7 @@ LAYERS = [
     {"distributed"},
     {"losses", "transforms", "schedulers"},
     {"patch"},
-    {"models", "unet", "training"},
+    {"gan", "models", "unet", "training"},
     {"evaluation"},
     {"methods"},
     {"cli", "info"},

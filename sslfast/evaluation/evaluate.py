@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,12 +32,16 @@ class Evaluate:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command `sslfast evaluate`; a run of ddpm has a judge, and options, of its own."""
-    for word in sys.argv[2:] if args is None else args:
-        if (Path(word) / "config.json").is_file() and checkpoint.load_config(Path(word))["method"] == "ddpm":
-            from sslfast.evaluation import evaluate_ddpm
+    """The command `sslfast evaluate`; runs of ddpm and ssgan have judges, and options, of their own."""
+    method = checkpoint.method_of(args)
+    if method == "ddpm":
+        from sslfast.evaluation import evaluate_ddpm
 
-            return evaluate_ddpm.main(args)
+        return evaluate_ddpm.main(args)
+    if method == "ssgan":
+        from sslfast.evaluation import evaluate_gan
+
+        return evaluate_gan.main(args)
     options = tyro.cli(Evaluate, args=args, prog="sslfast evaluate")
     evaluate(Path(options.run), options.device, options.map_samples)
 

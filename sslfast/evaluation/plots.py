@@ -37,6 +37,49 @@ def loss_curve(metrics: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def gan_curves(metrics: Path, path: Path) -> None:
+    """Draw both losses of a GAN's ``metrics.jsonl``, and the accuracy of rotation prediction if it is there."""
+    text = metrics.read_text()
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    if not lines:
+        return
+    steps = np.array([line["step"] for line in lines])
+    window = max(1, len(lines) // 40)
+    figure, axes = _figure(7, 4)
+
+    def draw(where, name: str, color: str, label: str) -> None:
+        values = np.convolve([line[name] for line in lines], np.ones(window) / window, mode="valid")
+        where.plot(steps[window - 1 :], values, color=color, linewidth=1.6, label=label)
+
+    draw(axes, "loss", LINE, "discriminator")
+    draw(axes, "generator_loss", RIGHT, "generator")
+    axes.set(xlabel="step", ylabel="loss", title="Losses of discriminator and generator", xlim=(0, steps[-1]))
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    if "rotation" in lines[0]:
+        right = axes.twinx()
+        draw(right, "rotation", "#8b949e", "rotations told")
+        right.set(ylabel="rotations of real images told, %", ylim=(0, 100))
+        right.spines[["top", "left"]].set_visible(False)
+        axes.plot([], [], color="#8b949e", linewidth=1.6, label="rotations told (right)")
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def probe_curves(runs: dict[str, list[dict[int, float]]], path: Path) -> None:
+    """Draw accuracies in percent over the steps of a training: for each kind of run, its mean and range over seeds."""
+    figure, axes = _figure(7, 4.2)
+    for place, (name, curves) in enumerate(runs.items()):
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        values = np.array([[curve[step] for step in steps] for curve in curves])
+        color = colormaps["tab10"](place)
+        axes.plot(steps, values.mean(0), color=color, linewidth=2, label=name)
+        axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+    axes.set(xlabel="step", ylabel="linear probe, test accuracy, %", title="What the discriminator knows of classes")
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
 def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> None:
     """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64)."""
     from sklearn.manifold import TSNE

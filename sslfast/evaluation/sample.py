@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from sslfast.evaluation import sampling
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
-from sslfast.training import UserError, data
+from sslfast.training import UserError, checkpoint, data
 from sslfast.training.loop import best_precision
 
 FRAMES = 30  # of the animation
@@ -63,7 +63,11 @@ class Sample:
 
 
 def main(args: list[str] | None = None) -> None:
-    """The command `sslfast sample`."""
+    """The command `sslfast sample`; a run of ssgan has options of its own."""
+    if checkpoint.method_of(args) == "ssgan":
+        from sslfast.evaluation import sample_gan
+
+        return sample_gan.main(args)
     options = tyro.cli(Sample, args=args, prog="sslfast sample")
     run, device = Path(options.run), torch.device(options.device)
     config = sampling.load_config(run)

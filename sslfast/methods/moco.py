@@ -48,8 +48,8 @@ class MoCo:
     run: str = ""
     """The folder to write; by default runs/moco-DATA-DATE-TIME."""
     resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --device, --workers, --corrupt,
-    --log-every, --checkpoint-seconds and --evaluate may be changed."""
+    """Continue the run in this folder with its own settings. Of these, --epochs, --lr, --device, --workers,
+    --corrupt, --log-every, --checkpoint-seconds and --evaluate may be changed."""
 
     version: Literal[1, 2, 3] = 2
     """1: a linear head. 2: an MLP head, and blur in the augmentation of photographs. 3: no queue, a predictor, a

@@ -37,8 +37,8 @@ class SimCLR:
     run: str = ""
     """The folder to write; by default runs/simclr-DATA-DATE-TIME."""
     resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --device, --workers, --corrupt,
-    --log-every, --checkpoint-seconds and --evaluate may be changed."""
+    """Continue the run in this folder with its own settings. Of these, --epochs, --lr, --device, --workers,
+    --corrupt, --log-every, --checkpoint-seconds and --evaluate may be changed."""
 
     epochs: int = 5
     """How often each image is seen."""

@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def load(run: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tenso
     return None
 
 
+def newest(run: Path) -> Path | None:
+    """Return the folder of a run's newest checkpoint, or None if there is none."""
+    return next(reversed(_complete(run)), None)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old text or the new one, never a part."""
     temporary = path.with_name(path.name + ".unfinished")
@@ -75,6 +81,13 @@ def save_config(run: Path, config: dict) -> None:
         raise UserError(f"{run} already holds a run: continue it with --resume {run}, or choose another --run")
     run.mkdir(parents=True, exist_ok=True)
     write_atomically(run / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def method_of(args: list[str] | None) -> str | None:
+    """Return the method of the run that a command line names (None: that of this process), or None if it names none."""
+    words = sys.argv[2:] if args is None else args
+    runs = [Path(word) for word in words if (Path(word) / "config.json").is_file()]
+    return load_config(runs[0])["method"] if runs else None
 
 
 def load_config(run: Path) -> dict:

@@ -41,12 +41,13 @@ class RunLog:
         self.file.flush()
         for name, value in {**values, "samples_per_second": rate}.items():
             self.tensorboard.add_scalar(name, value, step)
-        self.bar.set_postfix_str(f"epoch {epoch}, loss {values['loss']:.4f}, {rate:,.0f} samples/s", refresh=False)
+        numbers = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items() if name != "lr")
+        self.bar.set_postfix_str(f"epoch {epoch}, {numbers}, {rate:,.0f} samples/s", refresh=False)
         if self.bar.disable and (time.monotonic() - self.last_line > 10 or step == self.total_steps):
             self.last_line = time.monotonic()
             left = (self.last_line - self.start) * (self.total_steps - step) / max(1, step - self.first_step)
             print(
-                f"step {step}/{self.total_steps}, epoch {epoch}, loss {values['loss']:.4f}, "
+                f"step {step}/{self.total_steps}, epoch {epoch}, {numbers}, "
                 f"{rate:,.0f} samples/s, {left / 60:.1f} min left",
                 flush=True,
             )

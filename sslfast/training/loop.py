@@ -21,7 +21,7 @@ from sslfast.training.logging import NoLog, RunLog
 Config = TypeVar("Config")
 """A method's dataclass of settings. It has at least the fields that this file uses, under the same names."""
 
-MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "workers", "corrupt"}
+MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "lr", "workers", "corrupt"}
 MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
 
 
@@ -61,7 +61,7 @@ def begin(config: Any, method: str, **facts: Any) -> Path:
 def _begin(config: Any, method: str, **facts: Any) -> Path:
     if config.resume:
         folder = Path(config.resume)
-        settings = checkpoint.load_config(folder) | {"epochs": config.epochs}
+        settings = checkpoint.load_config(folder) | {"epochs": config.epochs, "lr": config.lr}
         checkpoint.write_atomically(folder / "config.json", json.dumps(settings, indent=2) + "\n")
         return folder
     folder = Path(config.run or f"runs/{method}-{Path(config.data).name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -189,10 +189,7 @@ class Loop:
             numbers = {k: distributed.mean(v).item() if isinstance(v, Tensor) else v for k, v in values.items()}
             finite = all(map(math.isfinite, numbers.values()))
             if not finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
-                raise UserError(
-                    f"the training diverged: at step {self.step} (epoch {epoch}) the loss is {numbers['loss']}. Try a "
-                    f"lower --lr or --precision float32. {self.folder} keeps the last good checkpoint."
-                )
+                raise UserError(self.diverged(epoch, numbers))
             if log_now:
                 self.log.scalars(self.step, epoch, **numbers)
         if save_now:
@@ -205,6 +202,19 @@ class Loop:
             )
         elif last:
             self.log.say(f"trained: {self.folder}")
+
+    def diverged(self, epoch: int, numbers: dict[str, float]) -> str:
+        """Return what to say when these numbers, or the weights, are not finite."""
+        wrong = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+        found = ", ".join(f"the {name.replace('_', ' ')} is {value}" for name, value in wrong.items())
+        method = checkpoint.load_config(self.folder)["method"]
+        last = checkpoint.newest(self.folder)
+        text = f"the training diverged: at step {self.step} (epoch {epoch}) {found or 'a weight is not finite'}. Try a "
+        text += "lower --lr or --precision float32"
+        if last is None:
+            return f"{text}; {self.folder} has no checkpoint yet."
+        lower = f"sslfast {method} --resume {self.folder} --lr {self.config.lr / 2:g}"
+        return f"{text}. The last good checkpoint is {last}; it goes on from there at a lower rate with: {lower}"
 
     def save(self) -> None:
         """Write a checkpoint of this step."""
