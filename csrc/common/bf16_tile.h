@@ -219,6 +219,18 @@ inline void store_terms(__m512 x, __m512 y, uint16_t* out, int64_t term) {
   }
 }
 
+/// Two rows k of operand B, of 16 columns, in the same way.
+template <int kTerms>
+inline void store_paired_terms(__m512 x, __m512 y, uint16_t* out, int64_t term) {
+#pragma GCC unroll 3
+  for (int t = 0; t < kTerms; ++t) {
+    const __m512i rounded = to_bf16(x, y);
+    _mm512_storeu_si512(out + t * term, interleave(rounded));
+    x -= first_of(rounded);
+    y -= second_of(rounded);
+  }
+}
+
 /// 16 columns of 32 rows of A blocks → the B block whose k are these rows.
 inline void interleave_rows(const uint16_t* a, uint16_t* b) {
   for (int64_t pair = 0; pair < 16; ++pair) {

@@ -2,31 +2,30 @@
 // symmetric problem, or every pair of a row block and a column block.
 #pragma once
 
-#include <ATen/Parallel.h>
+#include "csrc/common/workers.h"
 
 namespace sslfast {
 namespace CPU_CAPABILITY {
 
-/// Calls visit(i, j) once for each 0 ≤ i ≤ j < blocks. Calls that run at the same time never share a block, and the
-/// calls that touch one block come in an order that depends on `blocks` alone: what visit() adds to its two blocks
-/// needs no atomics and is the same to the bit on any number of threads.
+/// Calls visit(i, j) once for each 0 ≤ i ≤ j < blocks, on the workers together. Calls that run at the same time never
+/// share a block, and the calls that touch one block come in an order that depends on `blocks` alone, (i, i) first:
+/// what visit() adds to its two blocks needs no atomics and is the same to the bit on any number of threads. Returns
+/// when all workers are done.
 ///
 /// The schedule is a round-robin tournament (the circle method): block n−1 stays, the others turn by one place each
 /// round and the pairs that face each other play, n/2 disjoint pairs in each of n−1 rounds.
 template <typename Visit>
-void for_each_block_pair(int64_t blocks, const Visit& visit) {
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) visit(i, i);
-  });
+void for_each_block_pair(const Worker& worker, int64_t blocks, const Visit& visit) {
+  worker.share(blocks, [&](int64_t i) { visit(i, i); });
+  worker.barrier();
   const int64_t players = blocks + blocks % 2;  // an odd number gets a bye
   for (int64_t round = 0; round < players - 1; ++round) {
-    at::parallel_for(0, players / 2, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t a = k == 0 ? players - 1 : (round + k) % (players - 1);
-        const int64_t b = (round + players - 1 - k) % (players - 1);
-        if (a < blocks && b < blocks) visit(a < b ? a : b, a < b ? b : a);
-      }
+    worker.share(players / 2, [&](int64_t k) {
+      const int64_t a = k == 0 ? players - 1 : (round + k) % (players - 1);
+      const int64_t b = (round + players - 1 - k) % (players - 1);
+      if (a < blocks && b < blocks) visit(a < b ? a : b, a < b ? b : a);
     });
+    worker.barrier();
   }
 }
 

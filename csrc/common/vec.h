@@ -101,13 +101,8 @@ inline __attribute__((always_inline)) Vec<double> vec_exp(Vec<double> x) {
   return p * reinterpret_cast<Vec<double>>(reinterpret_cast<IntVec<double>>(t) << 52);
 }
 
-/// −log softmax of one of the exponentials in `sum` = Σ exp(x − shift). By the rounded exp(x − shift) that is part of
-/// the sum, so that its error cancels and a loss near 0 keeps its digits; by x itself where that underflows.
-template <typename T>
-inline double negative_log_share(double sum, T x, T scale, T shift) {
-  const double e = vec_exp(broadcast(x) * scale - broadcast(shift))[0];
-  return e > 1e-30 ? std::log(sum / e) : std::log(sum) + shift - static_cast<double>(scale) * x;
-}
+/// log(1 + exp(x)) to the last digits of a small result.
+inline double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace sslfast

@@ -137,6 +137,7 @@ struct Problem {
   int64_t batch, dim, padded_rows, elements;  // elements of ẑ with its padding
   double scale;
   bool bf16_products;
+  int terms;  // of a number in bfloat16 products
   at::TensorOptions acc;
   int64_t acc_bytes;
 
@@ -157,6 +158,7 @@ struct Problem {
                     (dtype == at::kBFloat16 ? capability >= CpuCapability::Avx512Bf16
                                             : dtype != at::kDouble && capability >= CpuCapability::Amx &&
                                                   padded_rows >= kInfoNceSplitRows);
+    terms = info_nce_terms(dtype, scale, dim);
     acc = z1.options().dtype(dtype == at::kDouble ? at::kDouble : at::kFloat).requires_grad(false);
     acc_bytes = dtype == at::kDouble ? 8 : 4;
   }
@@ -177,11 +179,11 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
   const auto loss = at::empty({2 * problem.batch}, problem.acc);
   const auto lse = at::empty({2 * problem.batch}, problem.acc.dtype(at::kDouble));
   Scratch scratch;
-  const auto rows = scratch.reserve_bytes((problem.bf16_products ? 3 : 2) * problem.elements * problem.acc_bytes);
-  const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
+  const int64_t forms = problem.bf16_products ? problem.terms : 2;
+  const auto rows = scratch.reserve_bytes(forms * problem.elements * problem.acc_bytes);
+  const auto row_scratch = scratch.reserve<float>(3 * at::get_num_threads() * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto max = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
-  const auto positive = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto sum = scratch.reserve<double>(problem.padded_rows);
   scratch.allocate();
 
@@ -196,7 +198,6 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
   params.row_scratch = scratch.at(row_scratch);
   params.inv_norm = scratch.at(inv_norm);
   params.max = scratch.at(max);
-  params.positive = scratch.at(positive);
   params.sum = scratch.at<double>(sum);
   params.loss = loss.data_ptr();
   params.lse = lse.data_ptr<double>();
@@ -235,15 +236,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
   const auto grad_temperature = at::empty({}, problem.acc.dtype(at::kDouble));
   const int64_t block = problem.bf16_products ? info_nce_bf16_block_rows(row_count) : info_nce_block_rows(row_count);
-  const int64_t tile_bytes = problem.bf16_products ? 8 * block * block : block * block * problem.acc_bytes;
+  const int64_t gradient_terms = info_nce_gradient_terms(problem.terms);
+  const int64_t tile_bytes = block * block * (problem.bf16_products ? 4 * gradient_terms : problem.acc_bytes);
   Scratch scratch;
-  const auto rows = scratch.reserve_bytes((problem.bf16_products ? 5 : 2) * problem.elements * problem.acc_bytes);
+  const auto rows = scratch.reserve_bytes((problem.bf16_products ? problem.terms + gradient_terms : 2) *
+                                          problem.elements * problem.acc_bytes);
   const auto grad_rows = scratch.reserve_bytes((problem.bf16_products ? 2 : 1) * problem.elements * problem.acc_bytes);
-  const auto row_scratch = scratch.reserve<float>(2 * at::get_num_threads() * problem.padded_dim());
+  const auto row_scratch = scratch.reserve<float>(3 * at::get_num_threads() * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto shift = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto factor = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
-  const auto weight = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto row_dot = scratch.reserve<double>(problem.padded_rows);
   const auto tiles = scratch.reserve_bytes(at::get_num_threads() * tile_bytes);
   scratch.allocate();
@@ -264,7 +266,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   params.inv_norm = scratch.at(inv_norm);
   params.shift = scratch.at(shift);
   params.factor = scratch.at(factor);
-  params.weight = scratch.at(weight);
   params.grad_rows = scratch.at(grad_rows);
   params.tiles = scratch.at(tiles);
   params.row_dot = scratch.at<double>(row_dot);

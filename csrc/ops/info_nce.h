@@ -16,6 +16,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/ScalarType.h>
 
+#include <cmath>
 #include <string>
 #include <tuple>
 
@@ -37,11 +38,10 @@ struct InfoNceForwardParams {
   const void* z1;     // (batch, dim)
   const void* z2;     // (batch, dim)
   double scale;       // s = 1/temperature
-  void* rows;         // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: 3·)
-  void* row_scratch;  // scratch, acc: 2·threads·padded_dim
+  void* rows;         // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: terms·)
+  void* row_scratch;  // scratch, float: 3·threads·padded_dim
   void* inv_norm;     // scratch, acc: padded_rows
   void* max;          // scratch, acc: padded_rows
-  void* positive;     // scratch, acc: padded_rows
   double* sum;        // scratch: padded_rows
   void* loss;         // out, acc: (2·batch)
   double* lse;        // out: (2·batch)
@@ -57,14 +57,13 @@ struct InfoNceBackwardParams {
   const void* grad_loss;     // acc: (2·batch), or one value for all rows if grad_loss_stride is 0
   int64_t grad_loss_stride;  // 1 or 0
   double grad_loss_factor;   // multiplies grad_loss (1/(2·batch) for a mean)
-  void* rows;                // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: 5·)
-  void* row_scratch;         // scratch, acc: 2·threads·padded_dim
+  void* rows;                // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: (terms + gradient terms)·)
+  void* row_scratch;         // scratch, float: 3·threads·padded_dim
   void* inv_norm;            // scratch, acc: padded_rows
   void* shift;               // scratch, acc: padded_rows
   void* factor;              // scratch, acc: padded_rows
-  void* weight;              // scratch, acc: padded_rows
   void* grad_rows;           // scratch, acc: padded_rows·padded_dim (bfloat16 products: 2·)
-  void* tiles;               // scratch, acc: threads·block² (bfloat16 products: 8·block² bytes)
+  void* tiles;               // scratch, acc: threads·block² (bfloat16 products: gradient terms·4·block² bytes)
   double* row_dot;           // scratch: padded_rows
   void* grad_z1;             // out, dtype: (batch, dim)
   void* grad_z2;             // out, dtype: (batch, dim)
@@ -79,12 +78,31 @@ constexpr int64_t info_nce_bf16_block_rows(int64_t rows) { return rows <= 256 ? 
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_cpu, InfoNceForwardParams)
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_backward_cpu, InfoNceBackwardParams)
 
-/// The same by bfloat16 products, on CPUs that have them and for scale ≤ kInfoNceBoundedScale. For input other than
-/// bfloat16 the gradient's rounding is that of 16-bit mantissas; that is too much for the few terms of very small
-/// batches.
+/// The same by bfloat16 products, on CPUs that have them and for scale ≤ kInfoNceBoundedScale. A bfloat16 is one term;
+/// other numbers are sums of several (see bf16_tile.h). Two terms leave c an error of about 2e-6/√dim, which costs the
+/// loss and its gradient s times that; where that is too much, c takes three and is as good as in float32. The sums of
+/// the gradient take two: too few for the few rows of very small batches.
 inline constexpr int64_t kInfoNceSplitRows = 64;
+constexpr int info_nce_terms(c10::ScalarType dtype, double scale, int64_t dim) {
+  return dtype == c10::ScalarType::BFloat16 ? 1 : scale * scale <= 2.0 * static_cast<double>(dim) ? 2 : 3;
+}
+constexpr int info_nce_gradient_terms(int terms) { return terms < 2 ? terms : 2; }
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_forward_bf16_cpu, InfoNceForwardParams)
 SSLFAST_DECLARE_CPU_LAUNCHER(launch_info_nce_backward_bf16_cpu, InfoNceBackwardParams)
+
+/// s·w_i.
+static inline double row_weight(const InfoNceBackwardParams& p, int64_t row) {
+  const int64_t at = row * p.grad_loss_stride;
+  const double grad = p.dtype == c10::ScalarType::Double ? static_cast<const double*>(p.grad_loss)[at]
+                                                         : static_cast<const float*>(p.grad_loss)[at];
+  return p.scale * p.grad_loss_factor * grad;
+}
+
+/// G_ip of a row and its positive, whose logit is that of the forward pass: 1 − P_ip = −expm1(logit − lse_i).
+static inline double positive_gradient(const InfoNceBackwardParams& p, int64_t row, int64_t positive, double logit) {
+  return row_weight(p, row) * std::expm1(logit - p.lse[row]) +
+         row_weight(p, positive) * std::expm1(logit - p.lse[positive]);
+}
 
 /// → (loss, (2·batch) or reduced to (), float32, or float64 for float64 input; lse, (2·batch), float64 since backward
 /// takes exp of differences of it). temperature: one element.
