@@ -63,24 +63,25 @@ def turn(run: Callable[[], object]) -> tuple[int, float]:
     return calls, calls * once
 
 
-def peak_memory(make: Callable, *args) -> int:
+def peak_memory(make: Callable, *args, warm_up: tuple) -> int:
     """The most memory, in bytes, that a call of make(*args)() holds beyond what was there before it.
 
-    Measured from the process's resident set in a fresh process, in a second call: what libraries set up once is not
-    counted. `make` must be a function at the top of a module.
+    Measured from the process's resident set in a fresh process, after a call of make(*warm_up)(): what libraries set up
+    once is not counted. With a warm-up that is smaller than `args`, what an op keeps for its next call is. `make` must be
+    a function at the top of a module.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_peak_memory, make, args).result()
+        return pool.submit(_peak_memory, make, args, warm_up).result()
 
 
-def _peak_memory(make: Callable, args: tuple) -> int:
+def _peak_memory(make: Callable, args: tuple, warm_up: tuple) -> int:
     def resident(field: str) -> int:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
+    make(*warm_up)()
     run = make(*args)
-    run()
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
