@@ -29,19 +29,26 @@ void for_each_block_pair(const Worker& worker, int64_t blocks, const Visit& visi
   }
 }
 
+/// The same on all threads, for a kernel that has no workers.
+template <typename Visit>
+void for_each_block_pair(int64_t blocks, const Visit& visit) {
+  run_workers(blocks > 1, [&](const Worker& worker) { for_each_block_pair(worker, blocks, visit); });
+}
+
 /// Calls visit(i, j) once for each 0 ≤ i < rows and 0 ≤ j < columns, with the same promise. In round r of a Latin
 /// square, block i of the shorter side meets block i + r of the longer.
 template <typename Visit>
 void for_each_block_of_a_rectangle(int64_t rows, int64_t columns, const Visit& visit) {
   const int64_t shorter = rows < columns ? rows : columns, longer = rows < columns ? columns : rows;
-  for (int64_t round = 0; round < longer; ++round) {
-    at::parallel_for(0, shorter, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
+  run_workers(shorter > 1, [&](const Worker& worker) {
+    for (int64_t round = 0; round < longer; ++round) {
+      worker.share(shorter, [&](int64_t k) {
         const int64_t other = (k + round) % longer;
         rows < columns ? visit(k, other) : visit(other, k);
-      }
-    });
-  }
+      });
+      worker.barrier();
+    }
+  });
 }
 
 }  // namespace CPU_CAPABILITY

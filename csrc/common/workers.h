@@ -27,12 +27,16 @@ struct Worker {
 };
 
 /// kernel(worker) on each of torch's threads. On this thread alone if `parallel` is false, or within a parallel region,
-/// as at::parallel_for does it. The kernel must not throw.
+/// as at::parallel_for does it. at::get_thread_num() is the worker's index. The kernel must not throw.
 template <typename Kernel>
 void run_workers(bool parallel, const Kernel& kernel) {
-  if (!parallel || at::get_num_threads() == 1 || at::in_parallel_region()) return kernel(Worker{0, 1});
+  const auto run = [&](int index, int count) {
+    const at::internal::ThreadIdGuard guard(index);
+    kernel(Worker{index, count});
+  };
+  if (!parallel || at::get_num_threads() == 1 || at::in_parallel_region()) return run(0, 1);
 #pragma omp parallel
-  kernel(Worker{omp_get_thread_num(), omp_get_num_threads()});
+  run(omp_get_thread_num(), omp_get_num_threads());
 }
 
 }  // namespace CPU_CAPABILITY

@@ -4,8 +4,7 @@
 //
 //   bfloat16 input: the products take z itself, which is exact, and 1/‖z_i‖ multiplies the float32 results.
 //   other input:    ẑ as two or three bfloat16 terms for the similarities (info_nce.h says when), ẑ and G as two for
-//   the
-//                   gradient (see bf16_tile.h). Only with AMX, where that is faster than float32.
+//                   the gradient (see bf16_tile.h). Only with AMX, where that is faster than float32.
 //
 // Positives stay in float32, as there. Arithmetic as there, times the number of products that terms make: 1, 3
 // (two terms) or 6 (three); one exp for each of (2B)²/2 similarities in each direction. Scratch: z in two forms, in the
