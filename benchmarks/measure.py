@@ -67,8 +67,8 @@ def peak_memory(make: Callable, *args, warm_up: tuple) -> int:
     """The most memory, in bytes, that a call of make(*args)() holds beyond what was there before it.
 
     Measured from the process's resident set in a fresh process, after a call of make(*warm_up)(): what libraries set up
-    once is not counted. With a warm-up that is smaller than `args`, what an op keeps for its next call is. `make` must be
-    a function at the top of a module.
+    once is not counted. What an op keeps for its next call is, if the warm-up is a smaller problem. `make` must be a
+    function at the top of a module.
     """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:

@@ -105,7 +105,7 @@ def test_training_sizes(backend, dtype, batch):
 
 @functools.cache
 def learnt_views(temperature: float) -> tuple:
-    """Views of cosine 0.96, as after a long training, and what the reference says in float64: the loss is .005 or 2e-9."""
+    """Views of cosine 0.96, as after a long training, and the reference in float64: the loss is .005 or 2e-9."""
     z1, noise = torch.randn(2, 1024, 128, generator=torch.Generator().manual_seed(0))
     z2 = z1 + 0.3 * noise
     return z1, z2, float64_reference(z1, z2, temperature)

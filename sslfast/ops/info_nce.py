@@ -38,8 +38,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
 
     Two calls with the same input give the same bits, on any number of threads. Memory grows with batch·dim. A loss near
     0 keeps its digits, and so does its gradient (relative errors on a CPU: 2e-6 and 2e-5 at most). On CPUs with AMX,
-    float32 products are made of bfloat16 ones, of as many terms as that takes; SSLFAST_CPU_CAPABILITY=avx512 computes all
-    in float32.
+    float32 products are made of bfloat16 ones, of as many terms as that takes; SSLFAST_CPU_CAPABILITY=avx512 computes
+    all in float32.
 
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
     """
