@@ -29,6 +29,13 @@ torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
 ALL = slice(None)
 CUDA_FUNCTIONS = {
     "augment_forward": slice(1),
+    "diffusion_step": ALL,
+    "diffusion_q_sample": ALL,
+    "diffusion_loss_forward": ALL,
+    "diffusion_loss_backward": ALL,
+    "diffusion_noise": ALL,
+    "group_norm_silu_forward": ALL,
+    "group_norm_silu_backward": ALL,
     "info_nce_forward": ALL,
     "info_nce_backward": ALL,
     "rotate4_forward": ALL,

@@ -20,7 +20,7 @@ PLACES = [
     "benchmarks/bench_{op}.py",
 ]
 
-NO_CUDA_YET = {"diffusion", "group_norm_silu", "similarity_lse"}
+NO_CUDA_YET = {"similarity_lse"}
 
 # What a module may import of sslfast: its own package, and what stands above its own line.
 LAYERS = [

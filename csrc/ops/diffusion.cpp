@@ -8,6 +8,10 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/normal.h"
+#if defined(SSLFAST_WITH_CUDA)
+#include "csrc/common/cuda_device.h"
+#include "csrc/ops/cuda/diffusion_kernel.h"
+#endif
 
 namespace sslfast {
 namespace {
@@ -99,6 +103,76 @@ at::Tensor empty_contiguous(const at::Tensor& like) { return at::empty(like.size
 
 c10::ScalarType acc_type(const at::Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
+#if defined(SSLFAST_WITH_CUDA)
+DiffusionCudaProblem cuda_problem(c10::ScalarType dtype, int64_t samples, int64_t elements) {
+  TORCH_CHECK_TYPE(dtype != at::kDouble, "dtype: expected float32, bfloat16 or float16 on CUDA, got Double");
+  const auto type = dtype == at::kFloat      ? DiffusionCudaType::float32
+                    : dtype == at::kBFloat16 ? DiffusionCudaType::bfloat16
+                                             : DiffusionCudaType::float16;
+  return {type, samples, elements};
+}
+
+DiffusionStepCudaParams cuda_params(const DiffusionStepParams& p) {
+  return {cuda_problem(p.dtype, p.samples, p.elements),
+          p.model,
+          p.sample,
+          p.history0,
+          p.history1,
+          p.coefficients,
+          p.coefficients_stride,
+          static_cast<float>(p.clip),
+          p.threshold,
+          {p.noise.given, p.noise.seeds},
+          p.variance == StepVariance::Learned,
+          p.variance == StepVariance::LearnedRange,
+          p.previous,
+          p.x0};
+}
+
+DiffusionQSampleCudaParams cuda_params(const DiffusionQSampleParams& p) {
+  return {cuda_problem(p.dtype, p.samples, p.elements),
+          p.x0,
+          p.timesteps,
+          p.alphas_cumprod,
+          p.steps,
+          p.prediction == DiffusionPrediction::Velocity,
+          {p.noise.given, p.noise.seeds},
+          p.step,
+          p.noisy,
+          p.target};
+}
+
+DiffusionLossCudaParams cuda_params(const DiffusionLossParams& p) {
+  return {cuda_problem(p.dtype, p.samples, p.elements),
+          p.prediction,
+          p.target,
+          p.timesteps,
+          p.alphas_cumprod,
+          p.steps,
+          p.parametrization,
+          p.weighted,
+          p.snr_gamma,
+          static_cast<const float*>(p.grad_loss),
+          static_cast<float*>(p.loss),
+          p.grad_prediction,
+          p.grad_target};
+}
+
+DiffusionNoiseCudaParams cuda_params(const DiffusionNoiseParams& p) {
+  return {cuda_problem(p.dtype, p.samples, p.elements), p.seeds, p.step, p.out};
+}
+
+/// Runs launch_…_cuda and leaves the function with `result` if `like` is a tensor for it.
+#define SSLFAST_TRY_CUDA(launcher, params, like, result) \
+  if (is_cuda_tensor(like)) {                            \
+    const CudaScope scope(like);                         \
+    launcher(cuda_params(params), scope.stream());       \
+    return result;                                       \
+  }
+#else
+#define SSLFAST_TRY_CUDA(launcher, params, like, result)
+#endif
+
 void require_cpu(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
 }
@@ -155,6 +229,7 @@ std::tuple<at::Tensor, at::Tensor> diffusion_step(const at::Tensor& model_output
   params.variance = kind;
   params.previous = previous.data_ptr();
   params.x0 = x0.data_ptr();
+  SSLFAST_TRY_CUDA(launch_diffusion_step_cuda, params, sample, std::make_tuple(previous, x0))
   require_cpu(sample, "sample");
   SSLFAST_CPU_DISPATCH(launch_diffusion_step_cpu, params);
   return {previous, x0};
@@ -186,6 +261,7 @@ std::tuple<at::Tensor, at::Tensor> diffusion_q_sample(const at::Tensor& x0, cons
   const auto noisy = empty_contiguous(x0), target = has_target ? empty_contiguous(x0) : at::empty({0}, x0.options());
   params.noisy = noisy.data_ptr();
   params.target = has_target ? target.data_ptr() : nullptr;
+  SSLFAST_TRY_CUDA(launch_diffusion_q_sample_cuda, params, x0, std::make_tuple(noisy, target))
   require_cpu(x0, "x0");
   SSLFAST_CPU_DISPATCH(launch_diffusion_q_sample_cpu, params);
   return {noisy, target};
@@ -221,7 +297,6 @@ struct LossInputs {
     params.parametrization = prediction_of(prediction_type);
     params.weighted = snr_gamma.has_value();
     params.snr_gamma = snr_gamma ? static_cast<float>(*snr_gamma) : 0.0f;
-    require_cpu(prediction, "prediction");
   }
 };
 
@@ -233,6 +308,8 @@ at::Tensor diffusion_loss_forward(const at::Tensor& prediction, const at::Tensor
   LossInputs inputs(prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma);
   const auto loss = at::empty({inputs.params.samples}, prediction.options().dtype(acc_type(prediction)));
   inputs.params.loss = loss.data_ptr();
+  SSLFAST_TRY_CUDA(launch_diffusion_loss_forward_cuda, inputs.params, prediction, loss)
+  require_cpu(prediction, "prediction");
   SSLFAST_CPU_DISPATCH(launch_diffusion_loss_forward_cpu, inputs.params);
   return loss;
 }
@@ -249,6 +326,9 @@ std::tuple<at::Tensor, at::Tensor> diffusion_loss_backward(const at::Tensor& gra
   inputs.params.grad_loss = grad.const_data_ptr();
   inputs.params.grad_prediction = grad_prediction.data_ptr();
   inputs.params.grad_target = grad_target.data_ptr();
+  SSLFAST_TRY_CUDA(launch_diffusion_loss_backward_cuda, inputs.params, prediction,
+                   std::make_tuple(grad_prediction, grad_target))
+  require_cpu(prediction, "prediction");
   SSLFAST_CPU_DISPATCH(launch_diffusion_loss_backward_cpu, inputs.params);
   return {grad_prediction, grad_target};
 }
@@ -269,6 +349,7 @@ at::Tensor diffusion_noise(const at::Tensor& seeds, const std::vector<int64_t>& 
   params.seeds = keys.const_data_ptr<int64_t>();
   params.step = check_step(step);
   params.out = out.data_ptr();
+  SSLFAST_TRY_CUDA(launch_diffusion_noise_cuda, params, seeds, out)
   require_cpu(seeds, "seeds");
   SSLFAST_CPU_DISPATCH(launch_diffusion_noise_cpu, params);
   return out;

@@ -6,6 +6,10 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/scratch.h"
+#if defined(SSLFAST_WITH_CUDA)
+#include "csrc/common/cuda_device.h"
+#include "csrc/ops/cuda/group_norm_silu_kernel.h"
+#endif
 
 namespace sslfast {
 namespace {
@@ -29,7 +33,6 @@ struct Problem {
     TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, "num_groups: expected a divisor of the ", channels,
                       " channels, got ", groups);
     TORCH_CHECK_VALUE(input.numel() > 0, "x: expected at least one element, got shape ", input.sizes());
-    TORCH_CHECK_VALUE(input.is_cpu(), "x: expected a CPU tensor, got one on ", input.device());
     format = input.suggest_memory_format();
     x = input.contiguous(format);
     acc = input.options().dtype(acc_type(input)).requires_grad(false);
@@ -68,6 +71,37 @@ struct Problem {
   Scratch::Offset slices{};
 };
 
+void require_cpu(const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.is_cpu(), "x: expected a CPU tensor, got one on ", x.device());
+}
+
+#if defined(SSLFAST_WITH_CUDA)
+GroupNormSiluCudaParams cuda_params(const GroupNormSiluParams& p) {
+  TORCH_CHECK_TYPE(p.dtype != at::kDouble, "x: expected float32, bfloat16 or float16 on CUDA, got Double");
+  GroupNormSiluCudaParams c{};
+  c.type = p.dtype == at::kFloat      ? GroupNormSiluCudaType::float32
+           : p.dtype == at::kBFloat16 ? GroupNormSiluCudaType::bfloat16
+                                      : GroupNormSiluCudaType::float16;
+  c.samples = p.samples;
+  c.channels = p.channels;
+  c.places = p.places;
+  c.groups = p.groups;
+  c.channels_last = p.channels_last;
+  c.eps = static_cast<float>(p.eps);
+  c.x = p.x;
+  c.weight = static_cast<const float*>(p.weight);
+  c.bias = static_cast<const float*>(p.bias);
+  c.mean = static_cast<float*>(p.mean);
+  c.rstd = static_cast<float*>(p.rstd);
+  c.out = p.out;
+  c.grad_out = p.grad_out;
+  c.grad_x = p.grad_x;
+  c.grad_weight = static_cast<float*>(p.grad_weight);
+  c.grad_bias = static_cast<float*>(p.grad_bias);
+  return c;
+}
+#endif
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_forward(const at::Tensor& x, int64_t num_groups,
@@ -82,6 +116,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_forward(const at:
   params.out = out.data_ptr();
   params.mean = mean.data_ptr();
   params.rstd = rstd.data_ptr();
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(x)) {
+    const CudaScope scope(x);
+    launch_group_norm_silu_forward_cuda(cuda_params(params), scope.stream());
+    return {out, mean, rstd};
+  }
+#endif
+  require_cpu(x);
   Scratch scratch;
   problem.reserve(scratch, false);
   scratch.allocate();
@@ -109,6 +151,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_backward(
   params.grad_x = grad_x.data_ptr();
   params.grad_weight = grad_weight.data_ptr();
   params.grad_bias = grad_bias.data_ptr();
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(x)) {
+    const CudaScope scope(x);
+    const auto cuda_parts = at::empty({2, params.samples, params.channels}, problem.acc);
+    auto cuda = cuda_params(params);
+    cuda.grad_parameters = cuda_parts.data_ptr<float>();
+    launch_group_norm_silu_backward_cuda(cuda, scope.stream());
+    return {grad_x, grad_weight, grad_bias};
+  }
+#endif
+  require_cpu(x);
   Scratch scratch;
   const auto parts = scratch.reserve<double>(2 * params.samples * params.channels);
   problem.reserve(scratch, true);

@@ -4,6 +4,8 @@
 #include <torch/extension.h>
 
 #include "csrc/ops/augment.h"
+#include "csrc/ops/diffusion.h"
+#include "csrc/ops/group_norm_silu.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
 #include "tests/cuda_emulator/emulator.h"
@@ -49,6 +51,9 @@ std::vector<at::Tensor> to_device(const std::vector<at::Tensor>& tensors) {
   for (const at::Tensor& t : tensors) copies.push_back(to_device(t));
   return copies;
 }
+std::optional<at::Tensor> to_device(const std::optional<at::Tensor>& t) {
+  return t ? std::optional<at::Tensor>(to_device(*t)) : std::nullopt;
+}
 template <typename T>
 const T& to_device(const T& value) {
   return value;
@@ -90,6 +95,13 @@ void set_order(const std::string& name) {
 
 PYBIND11_MODULE(sslfast_emulated, m) {
   m.def("augment_forward", on_device(&sslfast::augment_forward));
+  m.def("diffusion_step", on_device(&sslfast::diffusion_step));
+  m.def("diffusion_q_sample", on_device(&sslfast::diffusion_q_sample));
+  m.def("diffusion_loss_forward", on_device(&sslfast::diffusion_loss_forward));
+  m.def("diffusion_loss_backward", on_device(&sslfast::diffusion_loss_backward));
+  m.def("diffusion_noise", on_device(&sslfast::diffusion_noise));
+  m.def("group_norm_silu_forward", on_device(&sslfast::group_norm_silu_forward));
+  m.def("group_norm_silu_backward", on_device(&sslfast::group_norm_silu_backward));
   m.def("info_nce_forward", on_device(&sslfast::info_nce_forward));
   m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
   m.def("rotate4_forward", on_device(&sslfast::rotate4_forward));

@@ -25,8 +25,8 @@ namespace {
 
 #define SSLFAST_INLINE inline __attribute__((always_inline))
 
-constexpr int64_t kBlock = 1024;       // the longest piece of a row
-constexpr int64_t kRowsPerFlush = 64;  // rows that are summed in float before their sum goes into a double
+constexpr int64_t kBlock = 1024;        // the longest piece of a row
+constexpr int64_t kTermsPerFlush = 64;  // of a lane: so many are summed in float before their sum goes into a double
 
 template <typename T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -43,6 +43,14 @@ template <typename A>
 SSLFAST_INLINE void store_part(A* p, Vec<A> v, int64_t count) {
   if (count >= kLanes<A>) return store(p, v);
   std::memcpy(p, &v, count * sizeof(A));
+}
+
+/// visit(i, n) for the vectors of a row of `count` numbers; n: numbers from i on, of which a vector's are used.
+template <typename A, typename Visit>
+SSLFAST_INLINE void for_each_vector(int64_t count, const Visit& visit) {
+  int64_t i = 0;
+  for (; i + kLanes<A> <= count; i += kLanes<A>) visit(i, kLanes<A>);
+  if (i < count) visit(i, count - i);
 }
 
 /// 1 / (1 + exp(−y))
@@ -87,9 +95,10 @@ class Task {
   }
 
   void forward() {
-    sum<1>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms) { terms[0] = load_part(row.x + i, n); });
+    sum<1, false>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms)
+                      __attribute__((always_inline)) { terms[0] = load_part(row.x + i, n); });
     for_each_group([&](int64_t first) { set(s_.mean, first, total(0, first) * inverse_count_); });
-    sum<1>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms) {
+    sum<1, false>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms) __attribute__((always_inline)) {
       const Vec<A> difference = load_part(row.x + i, n) - value(s_.mean, row, i, n);
       terms[0] = difference * difference;
     });
@@ -104,11 +113,10 @@ class Task {
     A buffer[kConverts ? kBlock : 1];
     for_each_row([&](const Row& row) {
       A* to = destination(out, row, buffer);
-      for (int64_t i = 0; i < row.count; i += kLanes<A>) {
-        const int64_t n = row.count - i;
+      for_each_vector<A>(row.count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         const Vec<A> y = value(s_.scale, row, i, n) * load_part(row.x + i, n) + value(s_.shift, row, i, n);
         store_part(to + i, y * sigmoid<A>(y), n);
-      }
+      });
       narrow(out, row, buffer);
     });
   }
@@ -123,9 +131,9 @@ class Task {
     T* grad_x = static_cast<T*>(p_.grad_x);
     const T* grad_out = static_cast<const T*>(p_.grad_out);
     A buffer[kConverts ? kBlock : 1];
-    sum<2>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms) {
+    sum<2, true>([&](const Row& row, int64_t i, int64_t n, Vec<A>* terms) __attribute__((always_inline)) {
       if constexpr (kConverts) {
-        if (i == 0)
+        if (i == 0)  // a new row
           for (int64_t k = 0; k < row.count; ++k) buffer[k] = static_cast<float>(grad_out[row.offset + k]);
       }
       const A* grad = kConverts ? buffer : reinterpret_cast<const A*>(grad_out) + row.offset;
@@ -155,14 +163,11 @@ class Task {
     for_each_row([&](const Row& row) {
       const A* z = z_of(row, grad_x);
       A* to = destination(grad_x, row, buffer);
-      for (int64_t i = 0; i < row.count; i += kLanes<A>) {
-        const int64_t n = row.count - i;
-        const Vec<A> x = load_part(row.x + i, n);
-        store_part(
-            to + i,
-            value(s_.scale, row, i, n) * load_part(z + i, n) - value(slope, row, i, n) * x - value(offset, row, i, n),
-            n);
-      }
+      for_each_vector<A>(row.count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
+        const Vec<A> of_z = value(s_.scale, row, i, n) * load_part(z + i, n);
+        const Vec<A> of_x = value(slope, row, i, n) * load_part(row.x + i, n);
+        store_part(to + i, of_z - of_x - value(offset, row, i, n), n);
+      });
       narrow(grad_x, row, buffer);
     });
   }
@@ -217,18 +222,33 @@ class Task {
     return sum;
   }
 
-  /// s_.sums of the terms over each channel of the task.
-  template <int kSums, typename Terms>
+  /// s_.sums of the terms over each channel of the task; or, if only groups are wanted, sums of channels that add up to
+  /// those of their group.
+  template <int kSums, bool kChannels, typename Terms>
   SSLFAST_INLINE void sum(const Terms& terms) const {
     for (int k = 0; k < kSums; ++k) {
       std::fill(s_.sums[k], s_.sums[k] + width_, 0.0);
       std::fill(s_.lanes[k], s_.lanes[k] + width_, A{0});
     }
-    int64_t rows = 0;
+    Vec<A> total[kSums] = {};  // of rows since the last flush
+    int64_t terms_of_lane = 0, channel = 0;
+    const auto flush = [&] {
+      for (int k = 0; k < kSums; ++k) {
+        if constexpr (kLast) {
+          flush_lanes(k);
+        } else {
+          s_.sums[k][channel] += sum_lanes<A>(total[k]);
+          total[k] = Vec<A>{};
+        }
+      }
+      terms_of_lane = 0;
+    };
     for_each_row([&](const Row& row) {
-      Vec<A> total[kSums] = {};
-      for (int64_t i = 0; i < row.count; i += kLanes<A>) {
-        const int64_t n = row.count - i;
+      const bool another = kChannels && !kLast && row.channel != channel;
+      if (another || (terms_of_lane >= kTermsPerFlush && (!kLast || row.channel == 0))) flush();
+      channel = row.channel;
+      terms_of_lane += kLast ? row.channel == 0 : (row.count + kLanes<A> - 1) / kLanes<A>;
+      for_each_vector<A>(row.count, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         Vec<A> term[kSums];
         terms(row, i, n, term);
         for (int k = 0; k < kSums; ++k) {
@@ -244,22 +264,12 @@ class Task {
             total[k] += term[k];
           }
         }
-      }
-      for (int k = 0; k < kSums; ++k) {
-        if constexpr (kLast) {
-          const bool last_of_row = row.channel + row.count == width_;
-          if (last_of_row && (rows + 1) % kRowsPerFlush == 0) flush(k);
-        } else {
-          s_.sums[k][row.channel] += sum_lanes<A>(total[k]);
-        }
-      }
-      if (row.channel + row.count == width_) ++rows;
+      });
     });
-    if constexpr (kLast)
-      for (int k = 0; k < kSums; ++k) flush(k);
+    flush();
   }
 
-  void flush(int k) const {
+  void flush_lanes(int k) const {
     for (int64_t c = 0; c < width_; ++c) {
       s_.sums[k][c] += s_.lanes[k][c];
       s_.lanes[k][c] = 0;
