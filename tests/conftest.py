@@ -40,6 +40,8 @@ CUDA_FUNCTIONS = {
     "info_nce_backward": ALL,
     "rotate4_forward": ALL,
     "rotate4_backward": ALL,
+    "similarity_lse_forward": ALL,
+    "similarity_lse_backward": ALL,
 }
 BACKENDS = [*(f"cpu-{name}" for name in _C.available_cpu_capabilities()), "cuda-emulated", "cuda"]
 

@@ -12,10 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc/ops/cuda").glob("*_kernel.cu"))
 ARCHITECTURES = ["sm_80", "sm_90"]
-MATRIX_KERNELS = ("info_nce_forward_kernel", "info_nce_backward_kernel")
+MATRIX_KERNELS = r"(info_nce|similarity_lse)_(forward|backward)_kernel"
 # Kernels whose registers leave room for two blocks of 256 threads on a multiprocessor. Of those of info_nce: bfloat16
-# and float16 with the usual kind of softmax.
-TWO_BLOCKS = (r"info_nce_(forward|backward)_kernel.*Float16Math.*Lb1E", "augment_(forward|grey)_kernel")
+# and float16 with the usual kind of softmax; of similarity_lse: forward in these types.
+TWO_BLOCKS = (
+    r"info_nce_(forward|backward)_kernel.*Float16Math.*Lb1E",
+    "similarity_lse_forward_kernel.*Float16Math",
+    "augment_(forward|grey)_kernel",
+)
 
 
 def program(name: str) -> str:
@@ -73,8 +77,9 @@ def sass(folder):
 
 
 @pytest.mark.slow
-def test_tensor_cores_of_info_nce(sass):
-    matrix = {name: code for name, code in sass("info_nce_kernel.cu").items() if any(k in name for k in MATRIX_KERNELS)}
+@pytest.mark.parametrize("source", ["info_nce_kernel.cu", "similarity_lse_kernel.cu"])
+def test_tensor_cores(sass, source):
+    matrix = {name: code for name, code in sass(source).items() if re.search(MATRIX_KERNELS, name)}
     assert matrix
     for name, code in matrix.items():
         products = set(re.findall(r"HMMA\.(\d+)\.F32", code))
@@ -89,6 +94,8 @@ def test_tensor_cores_of_info_nce(sass):
     [
         ("info_nce_kernel.cu", "prepare_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
         ("info_nce_kernel.cu", "finish_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
+        ("similarity_lse_kernel.cu", "pack_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
+        ("similarity_lse_kernel.cu", "finish_kernel", [r"LDG\.E\.128", r"STG\.E\.128"]),
         ("augment_kernel.cu", r"augment_forward_kernel.*Lb1E", [r"LDGSTS\.E\.BYPASS\S*\.128", r"STG\.E\.128"]),
         ("augment_kernel.cu", r"augment_forward_kernel.*Lb0E", [r"STG\.E\.128"]),
         ("augment_kernel.cu", "augment_grey_kernel", [r"LDGSTS\.E\.BYPASS\S*\.128"]),

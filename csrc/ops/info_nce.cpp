@@ -6,9 +6,8 @@
 #include "csrc/common/check.h"
 #include "csrc/common/scratch.h"
 #if defined(SSLFAST_WITH_CUDA)
-#include <ATen/Context.h>
-
 #include "csrc/common/cuda_device.h"
+#include "csrc/common/product_type_of.h"
 #include "csrc/ops/cuda/info_nce_kernel.h"
 #endif
 
@@ -41,31 +40,16 @@ void check_gradient(const at::Tensor& grad_loss, const at::Tensor& z1, const at:
 }
 
 #if defined(SSLFAST_WITH_CUDA)
-InfoNceCudaType cuda_type(const at::Tensor& z) {
-  switch (z.scalar_type()) {
-    case at::kBFloat16:
-      return InfoNceCudaType::bfloat16;
-    case at::kHalf:
-      return InfoNceCudaType::float16;
-    case at::kFloat: {
-      const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
-      return precision == at::Float32Precision::TF32 ? InfoNceCudaType::float32_as_tf32 : InfoNceCudaType::float32;
-    }
-    default:
-      TORCH_CHECK_TYPE(false, "z1: expected float32, bfloat16 or float16 on CUDA, got ", z.scalar_type());
-  }
-}
-
 /// What forward and backward have in common on CUDA. Nothing here waits for the device.
 struct CudaProblem {
   at::Tensor z1, z2, temperature;
-  InfoNceCudaType type;
+  ProductType type;
   int64_t batch, dim;
   at::TensorOptions floats;
   CudaScope scope;
 
   CudaProblem(const at::Tensor& first, const at::Tensor& second, const at::Tensor& t)
-      : type(cuda_type(first)), batch(first.size(0)), dim(first.size(1)), scope(first) {
+      : type(product_type_of(first, "z1")), batch(first.size(0)), dim(first.size(1)), scope(first) {
     TORCH_CHECK_VALUE(batch <= kInfoNceCudaMaxBatch && dim <= kInfoNceCudaMaxDim, "z1: expected at most ",
                       kInfoNceCudaMaxBatch, " rows and ", kInfoNceCudaMaxDim, " columns on CUDA, got shape ",
                       first.sizes());

@@ -7,6 +7,11 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/scratch.h"
+#if defined(SSLFAST_WITH_CUDA)
+#include "csrc/common/cuda_device.h"
+#include "csrc/common/product_type_of.h"
+#include "csrc/ops/cuda/similarity_lse_kernel.h"
+#endif
 
 namespace sslfast {
 namespace {
@@ -23,13 +28,139 @@ void check_rows(const at::Tensor& t, const char* name, const at::Tensor& like) {
   TORCH_CHECK_VALUE(t.size(1) == like.size(1), name, ": expected ", like.size(1), " columns, got shape ", t.sizes());
   TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected ", like.scalar_type(), ", got ",
                    t.scalar_type());
-  TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected a tensor on ", like.device(), ", got one on ",
+                    t.device());
 }
 
-void check_vector(const at::Tensor& t, int64_t size, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.is_cpu(), name, ": expected shape [", size,
-                    "] on the CPU, got ", t.sizes(), " on ", t.device());
+void check_vector(const at::Tensor& t, int64_t size, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.device() == like.device(), name, ": expected shape [", size,
+                    "] on ", like.device(), ", got ", t.sizes(), " on ", t.device());
 }
+
+void check_exclude(const at::Tensor& t, const at::Tensor& queries) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == queries.size(0) && t.scalar_type() == at::kLong,
+                    "exclude: expected int64 of shape [", queries.size(0), ", any], got ", t.scalar_type(),
+                    " of shape ", t.sizes());
+  TORCH_CHECK_VALUE(t.device() == queries.device(), "exclude: expected a tensor on ", queries.device(), ", got one on ",
+                    t.device());
+}
+
+void check_inputs(const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale,
+                  const OptionalTensor& exclude, const OptionalTensor& key_bias) {
+  check_rows(queries, "queries", queries);
+  if (keys) check_rows(*keys, "keys", queries);
+  TORCH_CHECK_VALUE(scale.numel() == 1, "scale: expected one element, got shape ", scale.sizes());
+  if (exclude) check_exclude(*exclude, queries);
+  if (key_bias) check_vector(*key_bias, (keys ? *keys : queries).size(0), "key_bias", queries);
+}
+
+void check_gradients(const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& lse,
+                     const at::Tensor& grad_lse, const OptionalTensor& lse_columns,
+                     const OptionalTensor& grad_columns) {
+  check_vector(lse, queries.size(0), "lse", queries);
+  check_vector(grad_lse, queries.size(0), "grad_lse", queries);
+  TORCH_CHECK_VALUE(lse_columns.has_value() == grad_columns.has_value() && (keys || !lse_columns),
+                    "lse_columns, grad_columns: expected both or neither, and neither without keys");
+  if (!lse_columns) return;
+  check_vector(*lse_columns, keys->size(0), "lse_columns", queries);
+  check_vector(*grad_columns, keys->size(0), "grad_columns", queries);
+}
+
+#if defined(SSLFAST_WITH_CUDA)
+/// What forward and backward have in common on CUDA. Nothing here waits for the device.
+struct CudaCall {
+  at::Tensor queries, keys, scale, exclude, bias;
+  SimilarityLseCudaProblem problem{};
+  at::TensorOptions floats, doubles;
+  at::Tensor workspace;
+  CudaScope scope;
+
+  CudaCall(const at::Tensor& given_queries, const OptionalTensor& given_keys, const at::Tensor& given_scale,
+           const OptionalTensor& given_exclude, const OptionalTensor& key_bias)
+      : scope(given_queries) {
+    problem.type = product_type_of(given_queries, "queries");
+    queries = given_queries.contiguous();
+    if (given_keys) keys = given_keys->contiguous();
+    problem.rows = queries.size(0);
+    problem.keys = keys.defined() ? keys.size(0) : problem.rows;
+    problem.dim = queries.size(1);
+    TORCH_CHECK_VALUE(problem.rows <= kSimilarityLseCudaMaxRows && problem.keys <= kSimilarityLseCudaMaxRows,
+                      "queries, keys: expected at most ", kSimilarityLseCudaMaxRows, " rows on CUDA, got ",
+                      problem.rows, " and ", problem.keys);
+    TORCH_CHECK_VALUE(given_scale.device() == queries.device(), "scale: expected a tensor on ", queries.device(),
+                      ", got one on ", given_scale.device());
+    scale = given_scale.to(at::kFloat).contiguous();
+    problem.query_data = queries.const_data_ptr();
+    problem.key_data = keys.defined() ? keys.const_data_ptr() : nullptr;
+    problem.scale = scale.const_data_ptr<float>();
+    if (given_exclude && given_exclude->numel() > 0) {
+      exclude = given_exclude->contiguous();
+      problem.exclude = exclude.const_data_ptr<int64_t>();
+      problem.exclude_count = static_cast<int>(exclude.size(1));
+    }
+    if (key_bias) {
+      bias = key_bias->to(at::kFloat).contiguous();
+      problem.key_bias = bias.const_data_ptr<float>();
+    }
+    floats = queries.options().dtype(at::kFloat).requires_grad(false);
+    doubles = floats.dtype(at::kDouble);
+  }
+
+  void allocate(int64_t bytes) {
+    workspace = at::empty({bytes}, floats.dtype(at::kByte));
+    problem.workspace = workspace.data_ptr();
+  }
+};
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward_cuda(CudaCall call, bool columns, bool key_sum) {
+  auto& p = call.problem;
+  const auto lse = at::empty({p.rows}, call.doubles), lse_columns = at::empty({columns ? p.keys : 0}, call.doubles);
+  SimilarityLseForwardCudaParams params{p, lse.data_ptr<double>(), columns ? lse_columns.data_ptr<double>() : nullptr};
+  call.allocate(similarity_lse_forward_workspace_bytes(params));
+  params.problem = p;
+  launch_similarity_lse_forward_cuda(params, call.scope.stream());
+  if (!key_sum) return {lse, lse_columns, at::empty({0}, call.floats)};
+
+  const auto sums = at::empty({p.rows, p.dim}, call.floats);
+  SimilarityLseBackwardCudaParams sum_params{};
+  p.workspace = nullptr;
+  sum_params.problem = p;
+  sum_params.lse = lse.const_data_ptr<double>();
+  sum_params.key_sum = sums.data_ptr<float>();
+  call.allocate(similarity_lse_backward_workspace_bytes(sum_params));
+  sum_params.problem = p;
+  launch_similarity_lse_backward_cuda(sum_params, call.scope.stream());
+  return {lse, lse_columns, sums};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(CudaCall call, const at::Tensor& lse,
+                                                             const at::Tensor& grad_lse,
+                                                             const OptionalTensor& lse_columns,
+                                                             const OptionalTensor& grad_columns) {
+  const auto as_doubles = [](const at::Tensor& t) { return t.to(at::kDouble).contiguous(); };
+  const auto row_lse = as_doubles(lse), row_grad = as_doubles(grad_lse);
+  const auto column_lse = lse_columns ? as_doubles(*lse_columns) : at::Tensor();
+  const auto column_grad = lse_columns ? as_doubles(*grad_columns) : at::Tensor();
+  const bool symmetric = call.problem.key_data == nullptr;
+  const auto grad_queries = at::empty_like(call.queries);
+  const auto grad_keys = symmetric ? at::empty({0}, call.queries.options()) : at::empty_like(call.keys);
+  const auto grad_scale = at::empty({}, call.floats);
+
+  SimilarityLseBackwardCudaParams params{};
+  params.problem = call.problem;
+  params.lse = row_lse.const_data_ptr<double>();
+  params.grad_lse = row_grad.const_data_ptr<double>();
+  params.lse_columns = lse_columns ? column_lse.const_data_ptr<double>() : nullptr;
+  params.grad_columns = lse_columns ? column_grad.const_data_ptr<double>() : nullptr;
+  params.grad_queries = grad_queries.data_ptr();
+  params.grad_keys = symmetric ? nullptr : grad_keys.data_ptr();
+  params.grad_scale = grad_scale.data_ptr<float>();
+  call.allocate(similarity_lse_backward_workspace_bytes(params));
+  params.problem = call.problem;
+  launch_similarity_lse_backward_cuda(params, call.scope.stream());
+  return {grad_queries, grad_keys, grad_scale};
+}
+#endif
 
 /// Blocks as large as leave eight of them, so that threads find work.
 int64_t block_of(int64_t padded, int64_t largest) {
@@ -46,9 +177,7 @@ struct CpuCall {
 
   CpuCall(const at::Tensor& given_queries, const OptionalTensor& given_keys, const at::Tensor& scale,
           const OptionalTensor& given_exclude, const OptionalTensor& key_bias) {
-    check_rows(given_queries, "queries", given_queries);
-    if (given_keys) check_rows(*given_keys, "keys", given_queries);
-    TORCH_CHECK_VALUE(scale.numel() == 1, "scale: expected one element, got shape ", scale.sizes());
+    TORCH_CHECK_VALUE(given_queries.is_cpu(), "queries: expected a CPU tensor, got one on ", given_queries.device());
     queries = given_queries.contiguous();
     if (given_keys) keys = given_keys->contiguous();
     const auto dtype = queries.scalar_type();
@@ -64,7 +193,6 @@ struct CpuCall {
     problem.scale = scale.item<double>();
     if (given_exclude) read_exclude(*given_exclude);
     if (key_bias) {
-      check_vector(*key_bias, problem.keys, "key_bias");
       bias = key_bias->to(acc.dtype()).contiguous();
       problem.key_bias = bias.const_data_ptr();
     }
@@ -129,10 +257,6 @@ struct CpuCall {
 
  private:
   void read_exclude(const at::Tensor& given) {
-    TORCH_CHECK_VALUE(given.dim() == 2 && given.size(0) == problem.rows && given.scalar_type() == at::kLong,
-                      "exclude: expected int64 of shape [", problem.rows, ", any], got ", given.scalar_type(),
-                      " of shape ", given.sizes());
-    TORCH_CHECK_VALUE(given.is_cpu(), "exclude: expected a CPU tensor, got one on ", given.device());
     exclude = given.contiguous();
     problem.exclude = exclude.const_data_ptr<int64_t>();
     problem.exclude_count = exclude.size(1);
@@ -148,8 +272,12 @@ struct CpuCall {
 std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
     const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const OptionalTensor& exclude,
     const OptionalTensor& key_bias, bool columns, bool key_sum) {
+  check_inputs(queries, keys, scale, exclude, key_bias);
+  TORCH_CHECK_VALUE(keys || !(columns || key_sum), "columns, key_sum: expected keys");
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(queries)) return forward_cuda({queries, keys, scale, exclude, key_bias}, columns, key_sum);
+#endif
   CpuCall call(queries, keys, scale, exclude, key_bias);
-  TORCH_CHECK_VALUE(!call.symmetric() || !(columns || key_sum), "columns, key_sum: expected keys");
   call.symmetric() ? call.plan_rounds() : call.plan_tasks(key_sum);
   const auto& p = call.problem;
   const int64_t segments = call.symmetric() ? 1 : p.plan.segments, groups = columns ? p.plan.groups : 0;
@@ -187,21 +315,22 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
     const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const at::Tensor& lse,
     const at::Tensor& grad_lse, const OptionalTensor& exclude, const OptionalTensor& key_bias,
     const OptionalTensor& lse_columns, const OptionalTensor& grad_columns) {
+  check_inputs(queries, keys, scale, exclude, key_bias);
+  check_gradients(queries, keys, lse, grad_lse, lse_columns, grad_columns);
+#if defined(SSLFAST_WITH_CUDA)
+  if (is_cuda_tensor(queries)) {
+    auto [grad_queries, grad_keys, grad] =
+        backward_cuda({queries, keys, scale, exclude, key_bias}, lse, grad_lse, lse_columns, grad_columns);
+    return {grad_queries, grad_keys, grad.reshape(scale.sizes()).to(scale.scalar_type())};
+  }
+#endif
   CpuCall call(queries, keys, scale, exclude, key_bias);
-  TORCH_CHECK_VALUE(lse_columns.has_value() == grad_columns.has_value() && !(lse_columns && call.symmetric()),
-                    "lse_columns, grad_columns: expected both or neither, and neither without keys");
   call.plan_rounds();
   const auto& p = call.problem;
-  const auto doubles = [](const at::Tensor& t, int64_t size, const char* name) {
-    check_vector(t, size, name);
-    return t.to(at::kDouble).contiguous();
-  };
-  const auto row_lse = doubles(lse, p.rows, "lse"), row_grad = doubles(grad_lse, p.rows, "grad_lse");
-  at::Tensor column_lse, column_grad;
-  if (lse_columns) {
-    column_lse = doubles(*lse_columns, p.keys, "lse_columns");
-    column_grad = doubles(*grad_columns, p.keys, "grad_columns");
-  }
+  const auto doubles = [](const at::Tensor& t) { return t.to(at::kDouble).contiguous(); };
+  const auto row_lse = doubles(lse), row_grad = doubles(grad_lse);
+  const auto column_lse = lse_columns ? doubles(*lse_columns) : at::Tensor();
+  const auto column_grad = lse_columns ? doubles(*grad_columns) : at::Tensor();
   const auto grad_queries = at::empty_like(call.queries);
   const auto grad_keys = call.symmetric() ? at::empty({0}, call.queries.options()) : at::empty_like(call.keys);
   const auto grad_scale = at::empty({}, call.acc.dtype(at::kDouble));

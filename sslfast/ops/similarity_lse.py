@@ -14,7 +14,7 @@ from sslfast import _C, reference
 from sslfast.ops._eager import is_plain_eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu",)
+_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 
 @overload
@@ -134,7 +134,7 @@ def similarity_lse_backward(
 
 
 def _has_kernel(t: Tensor) -> bool:
-    return t.device.type == "cpu"
+    return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
 
 
 def _as_tensor(scale: float | Tensor, like: Tensor) -> Tensor:

@@ -8,6 +8,7 @@
 #include "csrc/ops/group_norm_silu.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
+#include "csrc/ops/similarity_lse.h"
 #include "tests/cuda_emulator/emulator.h"
 #include "tests/cuda_emulator/faulty_kernels.h"
 
@@ -106,6 +107,8 @@ PYBIND11_MODULE(sslfast_emulated, m) {
   m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
   m.def("rotate4_forward", on_device(&sslfast::rotate4_forward));
   m.def("rotate4_backward", on_device(&sslfast::rotate4_backward));
+  m.def("similarity_lse_forward", on_device(&sslfast::similarity_lse_forward));
+  m.def("similarity_lse_backward", on_device(&sslfast::similarity_lse_backward));
   m.def("set_order", &set_order);
   m.def("counters", &counters);
   m.def("reset_counters", &cuda_emulator::reset_counters);

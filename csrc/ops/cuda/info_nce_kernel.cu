@@ -32,23 +32,18 @@
 #include "csrc/common/launch.cuh"
 #include "csrc/common/memory.cuh"
 #include "csrc/common/mma.cuh"
+#include "csrc/common/tile.cuh"
 #include "csrc/common/warp.cuh"
 #include "csrc/ops/cuda/info_nce_kernel.h"
 
 namespace sslfast {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kTileThreads;
 constexpr int kBlock = 128;   // rows and columns of a forward tile; rows of z' are padded to a multiple of it
 constexpr int kColumns = 64;  // rows J of one step of the backward kernel
-constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.6931471805599453;
-constexpr float kLog2E = kLog2EDouble, kLn2 = kLn2Double;
 constexpr float kNormEps = 1e-12f;
 constexpr float kBoundedScale = 32.0f;  // backward's exp(s − lse)·2¹⁴ ≤ exp(2·32)·2¹⁴ stays far below the largest float
-constexpr float kMasked = -1e30f;       // a logit that counts for nothing
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // ---- layout
 
@@ -67,11 +62,7 @@ struct RowStats {
   float lse2;    // lse · log₂e − s · log₂e
 };
 
-int element_bytes(InfoNceCudaType type) {
-  return type == InfoNceCudaType::bfloat16 || type == InfoNceCudaType::float16 ? 2 : 4;
-}
-
-Rows rows_of(InfoNceCudaType type, int64_t batch, int64_t dim) {
+Rows rows_of(ProductType type, int64_t batch, int64_t dim) {
   const int64_t chunks = divide_up(dim * element_bytes(type), kSlotRowBytes);
   return {static_cast<int>(batch), static_cast<int>(2 * batch), static_cast<int>(round_up(2 * batch, kBlock)),
           static_cast<int>(dim),   static_cast<int>(chunks),    nullptr};
@@ -79,89 +70,7 @@ Rows rows_of(InfoNceCudaType type, int64_t batch, int64_t dim) {
 
 int64_t rows_bytes(const Rows& z) { return int64_t{z.padded} * z.chunks * kSlotRowBytes; }
 
-/// Hands out parts of the workspace, 256-byte aligned; only adds them up if there is none yet.
-struct Workspace {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return part;
-  }
-};
-
 // ---- pieces that kernels share
-
-/// Elements d… of a row of `dim`, zeros beyond its end. If aligned, rows are multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ Pack<T> load_row(const T* row, int d, int dim, bool aligned) {
-  if (aligned && d < dim) return load_pack(row + d);
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.at[i] = d + i < dim ? load_global(row + d + i) : from_float<T>(0.0f);
-  return pack;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_row(T* row, int d, int dim, bool aligned, const Pack<T>& pack) {
-  if (aligned && d < dim) return store_pack(row + d, pack);
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i)
-    if (d + i < dim) store_global(row + d + i, pack.at[i]);
-}
-
-/// Starts copying chunk `chunk` of kRows rows of z' from row `first` into a slot: 32 rows at a time, 128 bytes of each.
-template <int kRows>
-__device__ __forceinline__ void load_slot(unsigned char* slot, const Rows& z, int first, int chunk) {
-  static_assert(kThreads == 32 * 8);
-  const int row = threadIdx.x / 8;
-  const int64_t row_bytes = int64_t{z.chunks} * kSlotRowBytes;
-  const char* source =
-      static_cast<const char*>(z.data) + (first + row) * row_bytes + chunk * kSlotRowBytes + threadIdx.x % 8 * 16;
-  unsigned char* target = slot + chunk_offset(row, threadIdx.x % 8);
-#pragma unroll
-  for (int rows = 0; rows < kRows; rows += 32) cp_async_16(target + rows * kSlotRowBytes, source + rows * row_bytes);
-}
-
-/// acc += A·Bᵀ over the columns of one chunk, for kM·16 rows of slot a from `row` and kN·8 rows of slot b from
-/// `column`.
-template <typename Math, int kM, int kN>
-__device__ __forceinline__ void multiply_chunk(float (&acc)[kM][kN][4], const unsigned char* a, int row,
-                                               const unsigned char* b, int column) {
-  const int a_start = a_offset(row), b_start = b_offset(column);
-#pragma unroll(kM* kN >= 16 ? 2 : 1)  // more costs registers
-  for (int step = 0; step < kSlotSteps; ++step) {
-    uint32_t a_fragment[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) ldmatrix_x4(a_fragment[m], a + 16 * m * kSlotRowBytes + (a_start ^ step_bits(step)));
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b_fragment[2][2];
-      load_b(b_fragment, b + 8 * n * kSlotRowBytes + (b_start ^ step_bits(step)));
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Math::product(acc[m][n], a_fragment[m], b_fragment[0]);
-        Math::product(acc[m][n + 1], a_fragment[m], b_fragment[1]);
-      }
-    }
-  }
-}
-
-/// Where element i of the accumulator of one m16n8 tile lies.
-__device__ __forceinline__ int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
-__device__ __forceinline__ int tile_column(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
-
-/// Σ 2^(x − max) · … as a running pair: the sum is sum · 2^max.
-struct MaxSum {
-  float max, sum;
-};
-
-__device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
-  const float max = fmaxf(a.max, b.max);
-  return {max, a.sum * fast_exp2(a.max - max) + b.sum * fast_exp2(b.max - max)};
-}
 
 /// If kBounded, all maxima are the same, and sums just add up.
 template <bool kBounded>
@@ -246,11 +155,6 @@ __global__ void __launch_bounds__(kThreads) info_nce_prepare_kernel(const Prepar
   store_global(p.inv_norm + row, valid ? 1.0f / norm : 0.0f);
 }
 
-bool rows_are_aligned(const void* a, const void* b, int64_t row_bytes) {
-  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | static_cast<uintptr_t>(row_bytes)) % 16 ==
-         0;
-}
-
 template <typename T>
 void launch_prepare(const PrepareParams& p, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(p.z.padded / (kThreads / 32)));
@@ -327,8 +231,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<Math, kBounded>))
   const auto prefetch = [&](int step) {
     const int tile = step / chunks, chunk = step % chunks;
     const int first_row = block_i * kBlock, first_column = (first_j + tile) * kBlock;
-    if (!p.resident || tile == 0) load_slot<kBlock>(a_slot(step), p.z, first_row, chunk);
-    load_slot<kBlock>(b_slot(step), p.z, first_column, chunk);
+    if (!p.resident || tile == 0) load_slot<kBlock>(a_slot(step), p.z.data, p.z.chunks, first_row, chunk);
+    load_slot<kBlock>(b_slot(step), p.z.data, p.z.chunks, first_column, chunk);
     const int at = 4 * threadIdx.x;
     if (chunk == 0 && at < kBlock) cp_async_16(column_units + tile % 2 * kBlock + at, p.unit + first_column + at);
     if (step == 0 && at < kBlock) cp_async_16(row_units + at, p.unit + first_row + at);
@@ -547,8 +451,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<Math, kBounded>))
   constexpr int kM = kRows / 64, kN = 4;                                 // c: eight warps as 4×2, a warp (kRows/4)×32
   constexpr int kWarpsDown = kRows / 32, kWarpsAcross = 8 / kWarpsDown;  // dẐ: a warp 32 × kWidth of every chunk
   constexpr int kChunks = kSlice / kSlotColumns<T>, kWidth = kSlotColumns<T> / kWarpsAcross;
-  constexpr int kLoad = sizeof(T) == 2 ? 2 : 1;    // fragments that load_b_rows() gives
-  constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // rows J of one product
 
   const int first_row = blockIdx.x * kRows;
   const int chunks = p.z.chunks, first_chunk = blockIdx.y * kChunks, slice_chunks = min(kChunks, chunks - first_chunk);
@@ -571,8 +473,8 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<Math, kBounded>))
   const auto prefetch = [&](int step) {
     const int tile = step / tile_steps, at = step % tile_steps;
     const int first_column = (first_tile + tile) * kColumns;
-    if (at < chunks && (!p.resident || tile == 0)) load_slot<kRows>(a_slot(step), p.z, first_row, at);
-    load_slot<kColumns>(b_slot(step), p.z, first_column, at < chunks ? at : first_chunk + at - chunks);
+    if (at < chunks && (!p.resident || tile == 0)) load_slot<kRows>(a_slot(step), p.z.data, p.z.chunks, first_row, at);
+    load_slot<kColumns>(b_slot(step), p.z.data, p.z.chunks, first_column, at < chunks ? at : first_chunk + at - chunks);
     if (at == 0 && threadIdx.x < kColumns)
       cp_async_16(column_stats + tile % 2 * kColumns + threadIdx.x, p.stats + first_column + threadIdx.x);
     if (step == 0 && threadIdx.x < kRows) cp_async_16(row_stats + threadIdx.x, p.stats + first_row + threadIdx.x);
@@ -588,26 +490,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<Math, kBounded>))
   float acc[kChunks][2][kWidth / 8][4] = {};
   float dot = 0.0f;
   const int a_start = a_offset(warp / kWarpsAcross * 32);
-  const auto multiply_gradient = [&](float (&sum)[2][kWidth / 8][4], const unsigned char* z_slot) {
-#pragma unroll
-    for (int k = 0; k < kColumns / kDepth; ++k) {
-      const unsigned char* g_slot = g_slots + k / kSlotSteps * kRows * kSlotRowBytes;
-      uint32_t a_fragment[2][4];
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-        ldmatrix_x4(a_fragment[m], g_slot + 16 * m * kSlotRowBytes + (a_start ^ step_bits(k % kSlotSteps)));
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; n += kLoad) {
-        uint32_t b_fragment[kLoad][2];
-        load_b_rows(b_fragment, z_slot, k * kDepth, warp % kWarpsAcross * kWidth + 8 * n);
-#pragma unroll
-        for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int i = 0; i < kLoad; ++i) Math::product(sum[m][n + i], a_fragment[m], b_fragment[i]);
-      }
-    }
-  };
-
   prefetch(0);
   for (int tile = 0; tile < tiles; ++tile) {
     const int warp_row = warp / 2 * (kRows / 4), warp_column = warp % 2 * 32;
@@ -660,7 +542,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<Math, kBounded>))
     for (int chunk = 0; chunk < kChunks; ++chunk) {
       if (chunk >= slice_chunks) continue;
       if (!p.whole) next_step();
-      multiply_gradient(acc[chunk], b_slot(p.whole ? tile * tile_steps + first_chunk + chunk : step));
+      multiply_weights<Math, kRows, kColumns>(acc[chunk], g_slots, a_start,
+                                              b_slot(p.whole ? tile * tile_steps + first_chunk + chunk : step),
+                                              warp % kWarpsAcross * kWidth);
       if (!p.whole) ++step;
     }
   }
@@ -850,7 +734,7 @@ constexpr int64_t kNarrowDim = 128;
 
 }  // namespace
 
-int64_t info_nce_forward_workspace_bytes(InfoNceCudaType type, int64_t batch, int64_t dim) {
+int64_t info_nce_forward_workspace_bytes(ProductType type, int64_t batch, int64_t dim) {
   InfoNceForwardCudaParams p = {};
   p.type = type;
   p.batch = batch;
@@ -860,7 +744,7 @@ int64_t info_nce_forward_workspace_bytes(InfoNceCudaType type, int64_t batch, in
   return bytes;
 }
 
-int64_t info_nce_backward_workspace_bytes(InfoNceCudaType type, int64_t batch, int64_t dim) {
+int64_t info_nce_backward_workspace_bytes(ProductType type, int64_t batch, int64_t dim) {
   InfoNceBackwardCudaParams p = {};
   p.type = type;
   p.batch = batch;
@@ -872,13 +756,13 @@ int64_t info_nce_backward_workspace_bytes(InfoNceCudaType type, int64_t batch, i
 
 void launch_info_nce_forward_cuda(const InfoNceForwardCudaParams& p, cudaStream_t stream) {
   switch (p.type) {
-    case InfoNceCudaType::bfloat16:
+    case ProductType::bfloat16:
       return launch_forward<BFloat16Math>(p, stream);
-    case InfoNceCudaType::float16:
+    case ProductType::float16:
       return launch_forward<Float16Math>(p, stream);
-    case InfoNceCudaType::float32:
+    case ProductType::float32:
       return launch_forward<Tf32x3Math>(p, stream);
-    case InfoNceCudaType::float32_as_tf32:
+    case ProductType::float32_as_tf32:
       return launch_forward<Tf32Math>(p, stream);
   }
 }
@@ -886,15 +770,15 @@ void launch_info_nce_forward_cuda(const InfoNceForwardCudaParams& p, cudaStream_
 void launch_info_nce_backward_cuda(const InfoNceBackwardCudaParams& p, cudaStream_t stream) {
   const bool narrow = p.dim <= kNarrowDim;
   switch (p.type) {
-    case InfoNceCudaType::bfloat16:
+    case ProductType::bfloat16:
       return narrow ? launch_backward<BFloat16Math, 128, 128>(p, stream)
                     : launch_backward<BFloat16Math, 64, 256>(p, stream);
-    case InfoNceCudaType::float16:
+    case ProductType::float16:
       return narrow ? launch_backward<Float16Math, 128, 128>(p, stream)
                     : launch_backward<Float16Math, 64, 256>(p, stream);
-    case InfoNceCudaType::float32:
+    case ProductType::float32:
       return launch_backward<Tf32x3Math, 64, 256>(p, stream);
-    case InfoNceCudaType::float32_as_tf32:
+    case ProductType::float32_as_tf32:
       return launch_backward<Tf32Math, 64, 256>(p, stream);
   }
 }

@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-namespace sslfast {
+#include "csrc/common/product_type.h"
 
-/// Type of z1 and z2 and, for float32, how accurate products are (csrc/common/mma.cuh).
-enum class InfoNceCudaType { bfloat16, float16, float32, float32_as_tf32 };
+namespace sslfast {
 
 /// The most that the kernels take: the finishing kernel keeps rows in shared memory, and a grid has at most 65535
 /// blocks in y, where forward counts runs of 8 tiles of 128 rows.
@@ -18,7 +17,7 @@ static_assert(2 * kInfoNceCudaMaxBatch / 128 / 8 <= 65535);
 
 /// All pointers are to device memory, 16-byte aligned but for z1, z2, grad_z1 and grad_z2.
 struct InfoNceForwardCudaParams {
-  InfoNceCudaType type;
+  ProductType type;
   int64_t batch, dim;
   const void* z1;            // (batch, dim)
   const void* z2;            // (batch, dim)
@@ -31,7 +30,7 @@ struct InfoNceForwardCudaParams {
 };
 
 struct InfoNceBackwardCudaParams {
-  InfoNceCudaType type;
+  ProductType type;
   int64_t batch, dim;
   const void* z1;
   const void* z2;
@@ -46,8 +45,8 @@ struct InfoNceBackwardCudaParams {
   float* grad_temperature;   // out: 1
 };
 
-int64_t info_nce_forward_workspace_bytes(InfoNceCudaType type, int64_t batch, int64_t dim);
-int64_t info_nce_backward_workspace_bytes(InfoNceCudaType type, int64_t batch, int64_t dim);
+int64_t info_nce_forward_workspace_bytes(ProductType type, int64_t batch, int64_t dim);
+int64_t info_nce_backward_workspace_bytes(ProductType type, int64_t batch, int64_t dim);
 
 /// Enqueue their kernels on the stream and return; throw std::runtime_error if CUDA refuses a launch.
 void launch_info_nce_forward_cuda(const InfoNceForwardCudaParams& params, cudaStream_t stream);
