@@ -6,13 +6,12 @@ import math
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from runs import assert_same_results, curve, metrics, spawn, wait_for_a_step_after
 from torchvision.io import write_jpeg
 
 from sslfast.evaluation.evaluate import evaluate, load_encoder
@@ -42,27 +41,6 @@ def arguments(config: SimCLR) -> list[str]:
     return words
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def results(run: Path):
-    """Everything about a run that must not depend on how often it was killed."""
-    weights, state = checkpoint.load(run)
-    curve = [(line["step"], line["epoch"], line["loss"], line["lr"]) for line in metrics(run)]
-    return weights, state, curve
-
-
-def assert_same_results(run: Path, expected: Path):
-    weights, state, curve = results(run)
-    wanted_weights, wanted_state, wanted_curve = results(expected)
-    assert curve == wanted_curve, "metrics.jsonl must have every step once, with the same loss"
-    assert weights.keys() == wanted_weights.keys()
-    assert all(torch.equal(weights[name], wanted_weights[name]) for name in weights)
-    for number, buffers in wanted_state["optimizer"]["state"].items():
-        assert torch.equal(state["optimizer"]["state"][number]["momentum_buffer"], buffers["momentum_buffer"])
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A run of 2 epochs, 22 steps, that nobody disturbed."""
@@ -89,37 +67,21 @@ def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(finished, tmp_p
     train(small(tmp_path / "again", epochs=2))
     assert_same_results(tmp_path / "again", finished)
     train(small(tmp_path / "other", epochs=2, seed=1))
-    assert results(tmp_path / "other")[2] != results(finished)[2]
-
-
-def spawn(*args: str) -> subprocess.Popen:
-    program = (
-        f"import sys, torch; torch.set_num_threads({torch.get_num_threads()})\n"
-        "from sslfast.cli import main; sys.exit(main())"
-    )
-    command = [sys.executable, "-c", program, "simclr", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_a_step_after(run: Path, step: int, child: subprocess.Popen) -> None:
-    while child.poll() is None:
-        if (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").read_bytes().count(b"\n") > step:
-            return
-        time.sleep(0.002)
+    assert curve(tmp_path / "other") != curve(finished)
 
 
 def test_killed_at_any_moment_and_resumed_it_ends_the_same_bit_for_bit(finished, tmp_path):
     """SIGKILL three times at random moments of a run that writes a checkpoint after every step."""
     run, dice, kills = tmp_path / "killed", random.Random(), 0
     config = small(run, epochs=2, checkpoint_seconds=0.0)
-    child = spawn(*arguments(config))
+    child = spawn("simclr", *arguments(config))
     for target in (3, 9, 15):
         wait_for_a_step_after(run, target, child)
         time.sleep(dice.random() * 0.1)
         child.kill()
         child.communicate()
         kills += child.returncode == -signal.SIGKILL
-        child = spawn("--resume", str(run))
+        child = spawn("simclr", "--resume", str(run))
     assert child.wait(120) == 0, child.communicate()[0]
     assert kills == 3, "the run was over before it could be killed"
     assert_same_results(run, finished)
@@ -135,7 +97,7 @@ def test_killed_before_the_first_checkpoint_it_starts_again(finished, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(finished, tmp_path):
     run = tmp_path / "stopped"
-    child = spawn(*arguments(small(run, epochs=2)))
+    child = spawn("simclr", *arguments(small(run, epochs=2)))
     wait_for_a_step_after(run, 5, child)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=60)[0]
