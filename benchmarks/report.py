@@ -122,9 +122,11 @@ def provenance(found: dict) -> str:
 
 
 def plot(found: dict, path: Path) -> None:
-    """Lines if the cases vary their first key while others stay, else bars."""
-    others = [tuple(case["case"].values())[1:] for case in found["cases"]]
-    figure = plot_lines(found) if len(set(others)) < len(others) / 2 else plot_bars(found)
+    """Lines if the cases vary a number, their first key, while others stay, else bars."""
+    values = [tuple(case["case"].values()) for case in found["cases"]]
+    numbers = all(isinstance(first, (int, float)) for first, *_ in values)
+    lines = numbers and len({tuple(others) for _, *others in values}) < len(values) / 2
+    figure = plot_lines(found) if lines else plot_bars(found)
     figure.savefig(path)
 
 

@@ -37,7 +37,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
         ValueError: another shape, a second device, a temperature that is not positive, or an unknown reduction.
 
     Two calls with the same input give the same bits, on any number of threads. Memory grows with batch·dim. A loss near
-    0 keeps its digits, and so does its gradient (relative errors on a CPU: about 2e-6 and 2e-5 at worst). On CPUs with AMX,
+    0 keeps its digits, and so does its gradient (relative errors on a CPU: about 2e-6 and 2e-5). On CPUs with AMX,
     float32 products are made of bfloat16 ones, of as many terms as that takes; SSLFAST_CPU_CAPABILITY=avx512 computes
     all in float32.
 
