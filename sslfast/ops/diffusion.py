@@ -192,9 +192,7 @@ def _run_diffusion_step(model, sample, coefficients, clip, threshold, history, n
 
 def _reference_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance):
     if seeds is not None:
-        steps = coefficients.reshape(-1, len(FIELDS))[:, FIELDS.index("noise_step")].long().expand(len(seeds))
-        rows = [_noise_like(sample[:1], seed[None], step) for seed, step in zip(seeds, steps.tolist(), strict=True)]
-        noise = torch.cat(rows) if rows else sample.new_empty(sample.shape)
+        noise = _step_noise(sample.detach(), coefficients, seeds)
     return reference.diffusion.diffusion_step(model, sample, coefficients, clip, threshold, history, noise, variance)
 
 
@@ -235,6 +233,20 @@ def _noise(seeds: Tensor, shape: list[int], step: int, dtype: torch.dtype) -> Te
 @_noise.register_fake
 def _(seeds, shape, step, dtype):
     return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
+
+
+# An op of its own, because tracing can not read the steps of the rows.
+@torch.library.custom_op("sslfast::diffusion_step_noise", mutates_args=())
+def _step_noise(sample: Tensor, coefficients: Tensor, seeds: Tensor) -> Tensor:
+    """The noise that the kernel adds to each row of the sample."""
+    steps = coefficients.reshape(-1, len(FIELDS))[:, FIELDS.index("noise_step")].long().expand(len(seeds))
+    rows = [_noise_like(sample[:1], seed[None], step) for seed, step in zip(seeds, steps.tolist(), strict=True)]
+    return torch.cat(rows) if rows else _noise_like(sample, seeds, 0)
+
+
+@_step_noise.register_fake
+def _(sample, coefficients, seeds):
+    return sample.new_empty(sample.shape, dtype=torch.promote_types(sample.dtype, torch.float32))
 
 
 @torch.library.custom_op("sslfast::diffusion_step", mutates_args=(), device_types=_DEVICES)
@@ -495,7 +507,7 @@ def _check_diffusion_loss(prediction, target, timesteps, alphas_cumprod, predict
     _check_samples("prediction", prediction)
     check_like("target", target, "prediction", prediction)
     _check_timesteps(timesteps, alphas_cumprod, prediction, prediction_type)
-    if snr_gamma is not None and not (snr_gamma > 0 and math.isfinite(snr_gamma)):
+    if snr_gamma is not None and not 0 < snr_gamma < math.inf:
         raise ValueError(f"snr_gamma: expected a positive number, got {snr_gamma}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")

@@ -66,7 +66,7 @@ def _check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | Non
             raise ValueError(f"{name}: expected shape ({x.shape[1]},), got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
-    if not (eps >= 0 and math.isfinite(eps)):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a number from 0 on, got {eps}")
 
 

@@ -82,7 +82,7 @@ def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: 
             raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
     elif not isinstance(temperature, numbers.Real):
         raise TypeError(f"temperature: expected a number or a tensor, got {type(temperature).__name__}")
-    elif not (temperature > 0 and math.isfinite(temperature)):
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
 

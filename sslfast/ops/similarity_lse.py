@@ -168,7 +168,7 @@ def _check(queries, keys, scale, exclude, key_bias) -> None:
             raise TypeError(f"scale: expected a floating-point tensor, got {scale.dtype}")
     elif not isinstance(scale, numbers.Real):
         raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")
-    elif not math.isfinite(scale):
+    elif not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if exclude is not None:
         if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
