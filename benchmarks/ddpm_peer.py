@@ -1,7 +1,7 @@
 """DDPM by sslfast against the same by diffusers: sampling, a training step, and a training of equal time.
 
     python benchmarks/ddpm_peer.py                        # speed: a few minutes
-    python benchmarks/ddpm_peer.py --train --epochs 6     # and a training of each: over an hour on two cores
+    python benchmarks/ddpm_peer.py --train                # and a training of each: an hour on two cores
 
 Both sides have the same network with the same weights. The peer is written as its project's own examples are: a
 `UNet2DModel` in float32, `DDIMPipeline`, and the training step of examples/unconditional_image_generation (noise,
@@ -13,7 +13,6 @@ benchmarks/results/ddpm_peer.json.
 import dataclasses
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,8 +44,10 @@ class Options:
     """Also train both for equal time, and compare FID."""
     data: str = "fashion-mnist"
     """Data set of the training."""
-    epochs: int = 6
+    epochs: int = 3
     """Epochs of sslfast; the peer gets the seconds that they took."""
+    run: Path = Path("runs/ddpm-peer")
+    """Where the training of sslfast is kept: a new folder."""
     batch_size: int = 64
     """Images a step, and images sampled at once."""
     size: int = 32
@@ -224,37 +225,35 @@ def train_peer(options: Options, images: data.Images, seconds: float) -> tuple[U
 
 def training(options: Options) -> dict[str, dict[str, float]]:
     """Train both for equal time; return FID and KID by the same classifier, of averaged and raw weights."""
+    config = ddpm.DDPM(
+        data=options.data,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        widths=options.widths,
+        blocks=1,
+        attention=(len(options.widths) - 1,),
+        device="cpu",
+        run=str(options.run),
+        evaluate=False,
+    )
+    start = time.perf_counter()
+    ddpm.train(config)
+    seconds = time.perf_counter() - start
+    settings = sampling.load_config(options.run)
+    models = {f"sslfast, {kind}": (sampling.load_unet(options.run, kind), settings) for kind in ("average", "raw", "untrained")}
+    train, test = (data.load(options.data, split) for split in ("train", "test"))
+    averaged, raw, steps = train_peer(options, train, seconds)
+    theirs = settings | {"schedule": "linear", "prediction": "epsilon"}
+    models |= {"diffusers, average": (averaged, theirs), "diffusers, raw": (raw, theirs)}
+    function, name = features_of_classifier(options.run / "classifier.safetensors", train, test, train.size, "cpu")
+    known = generative.over_images(function, train, train.size, torch.arange(len(train)))
+    print(f"{seconds:.0f} s of training each ({steps} steps of diffusers); {options.samples} images, {name}")
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder) / "run"
-        config = ddpm.DDPM(
-            data=options.data,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            widths=options.widths,
-            blocks=1,
-            attention=(len(options.widths) - 1,),
-            device="cpu",
-            run=str(run),
-            evaluate=False,
-        )
-        start = time.perf_counter()
-        ddpm.train(config)
-        seconds = time.perf_counter() - start
-        settings = sampling.load_config(run)
-        models = {f"sslfast, {kind}": (sampling.load_unet(run, kind), settings) for kind in ("average", "raw")}
-        train, test = (data.load(options.data, split) for split in ("train", "test"))
-        averaged, raw, steps = train_peer(options, train, seconds)
-        theirs = settings | {"schedule": "linear", "prediction": "epsilon"}
-        models |= {"diffusers, average": (averaged, theirs), "diffusers, raw": (raw, theirs)}
-        function, name = features_of_classifier(Path(folder) / "classifier.safetensors", train, test, train.size, "cpu")
-        known = generative.over_images(function, train, train.size, torch.arange(len(train)))
-        print(f"{seconds:.0f} s of training each ({steps} steps of diffusers); {options.samples} images, {name}")
-        for row, (unet, own) in models.items():
-            images = sample(unet, own, options)
-            results[row] = generative.compare(known, generative.over_pixels(function, images))
-            print(f"  {row:20s}" + "".join(f"{key} {value:8.3f}   " for key, value in results[row].items()), flush=True)
-    return results | {"seconds": {"each": seconds}}
+    for row, (unet, own) in models.items():
+        images = sample(unet, own, options)
+        results[row] = generative.compare(known, generative.over_pixels(function, images))
+        print(f"  {row:20s}" + "".join(f"{key} {value:8.3f}   " for key, value in results[row].items()), flush=True)
+    return results | {"seconds": {"each": seconds}, "steps": {"diffusers": steps}}
 
 
 def sample(unet: UNet, config: dict, options: Options) -> Tensor:
@@ -262,7 +261,7 @@ def sample(unet: UNet, config: dict, options: Options) -> Tensor:
     scheduler = sampling.make_scheduler(config, "ddim", options.steps)
     seeds = torch.arange(options.samples)
     noise = scheduler.initial_noise(seeds, sampling.noise_shape(config))
-    model = sampling.predictor(unet, "float32")
+    model = sampling.predictor(unet, best_precision("cpu"))
     parts = [sampling.generate(model, scheduler, part) for part in noise.split(100)]
     return sampling.to_pixels(torch.cat(parts), config["patch"])
 
@@ -280,10 +279,16 @@ def main() -> None:
     }
     print(f"training steps of {options.batch_size} images:")
     results["step"] = race(step_rows(options), options.rounds, options.batch_size)
+    write(options, results, count)
     if options.train:
         results["training"] = training(options)
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "output"} | {"parameters": count}
-    settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+        write(options, results, count)
+
+
+def write(options: Options, results: dict[str, dict], parameters: int) -> None:
+    settings = {k: v for k, v in dataclasses.asdict(options).items() if not isinstance(v, Path)}
+    settings |= {"parameters": parameters, "threads": torch.get_num_threads()}
+    settings |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomically(options.output, json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
 

@@ -62,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_norm_silu_backward",   &group_norm_silu_backward);
   m.def("info_nce_forward",           &info_nce_forward);
   m.def("info_nce_backward",          &info_nce_backward);
+  m.def("nt_xent",                    &nt_xent);
   m.def("rotate4_forward",            &rotate4_forward);
   m.def("rotate4_backward",           &rotate4_backward);
   m.def("similarity_lse_forward",     &similarity_lse_forward);

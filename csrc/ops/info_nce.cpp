@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "csrc/common/check.h"
 #include "csrc/common/scratch.h"
@@ -262,6 +263,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
     SSLFAST_CPU_DISPATCH(launch_info_nce_backward_cpu, params);
   }
   return {grad_z1, grad_z2, grad_temperature.reshape(temperature.sizes()).to(temperature.scalar_type())};
+}
+
+namespace {
+
+/// nt_xent in eager mode. An autograd function in Python takes 0.1 ms more a step, a quarter of one at batch 256.
+struct NTXent : torch::autograd::Function<NTXent> {
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& z1, const at::Tensor& z2,
+                            const at::Tensor& temperature, const std::string& reduction) {
+    auto [loss, lse] = info_nce_forward(z1, z2, temperature, reduction);
+    ctx->save_for_backward({z1, z2, temperature, lse});
+    ctx->saved_data["reduction"] = reduction;
+    return loss;
+  }
+
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
+                                                 const torch::autograd::variable_list& grads) {
+    TORCH_CHECK(!at::GradMode::is_enabled(),
+                "nt_xent has no second derivative: call backward or grad without create_graph=True");
+    const auto saved = ctx->get_saved_variables();
+    auto [grad_z1, grad_z2, grad_temperature] = info_nce_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
+                                                                  ctx->saved_data["reduction"].toStringRef());
+    return {grad_z1, grad_z2, grad_temperature, at::Tensor()};
+  }
+};
+
+}  // namespace
+
+at::Tensor nt_xent(const at::Tensor& z1, const at::Tensor& z2, const at::Tensor& temperature,
+                   const std::string& reduction) {
+  return NTXent::apply(z1, z2, temperature, reduction);
 }
 
 }  // namespace sslfast

@@ -114,4 +114,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
                                                                  const at::Tensor& z2, const at::Tensor& temperature,
                                                                  const at::Tensor& lse, const std::string& reduction);
 
+/// The loss of info_nce_forward with info_nce_backward as its derivative, for eager mode.
+at::Tensor nt_xent(const at::Tensor& z1, const at::Tensor& z2, const at::Tensor& temperature,
+                   const std::string& reduction);
+
 }  // namespace sslfast

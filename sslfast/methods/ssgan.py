@@ -70,7 +70,7 @@ class SSGAN:
     latent: int = 128
     """Numbers that an image is drawn from."""
 
-    epochs: int = 20
+    epochs: int = 10
     """How often the discriminator sees each image."""
     batch_size: int = 64
     """Real images a step of the discriminator; as many are generated."""
