@@ -240,7 +240,8 @@ def training(options: Options) -> dict[str, dict[str, float]]:
     ddpm.train(config)
     seconds = time.perf_counter() - start
     settings = sampling.load_config(options.run)
-    models = {f"sslfast, {kind}": (sampling.load_unet(options.run, kind), settings) for kind in ("average", "raw", "untrained")}
+    kinds = ("average", "raw", "untrained")
+    models = {f"sslfast, {kind}": (sampling.load_unet(options.run, kind), settings) for kind in kinds}
     train, test = (data.load(options.data, split) for split in ("train", "test"))
     averaged, raw, steps = train_peer(options, train, seconds)
     theirs = settings | {"schedule": "linear", "prediction": "epsilon"}
