@@ -8,6 +8,7 @@
 #include "csrc/ops/group_norm_silu.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
+#include "csrc/ops/sigmoid_loss.h"
 #include "csrc/ops/similarity_lse.h"
 
 namespace {
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("nt_xent",                    &nt_xent);
   m.def("rotate4_forward",            &rotate4_forward);
   m.def("rotate4_backward",           &rotate4_backward);
+  m.def("sigmoid_loss_forward",       &sigmoid_loss_forward);
   m.def("similarity_lse_forward",     &similarity_lse_forward);
   m.def("similarity_lse_backward",    &similarity_lse_backward);
   // clang-format on

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sslfast import _C, reference
 from sslfast.info import info
-from sslfast.ops import augment, diffusion, group_norm_silu, info_nce, rotate4, similarity_lse
+from sslfast.ops import augment, diffusion, group_norm_silu, info_nce, rotate4, sigmoid_loss, similarity_lse
 
 REPORT = """
 {wrong} computed something wrong on this machine. Please report it to the project, with the table above and this:
@@ -89,6 +89,21 @@ def check_similarity_lse(device: str) -> Iterator[Comparison]:
                 yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
 
 
+def check_sigmoid_loss(device: str) -> Iterator[Comparison]:
+    for dtype, allowed in ((torch.float32, 3e-5), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
+        for rows, keys, dim in ((5, 3, 7), (70, 150, 40), (130, 64, 128)):
+            generator = torch.Generator().manual_seed(rows)
+            q, k = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, keys))
+            ours = [x.to(device).requires_grad_() for x in (q, k)]
+            true = [x.double().requires_grad_() for x in (q, k)]
+            loss = sigmoid_loss(ours[0], ours[1], 0.3, -2.0, first_key=1)
+            expected = reference.sigmoid_loss.sigmoid_loss(true[0], true[1], 0.3, -2.0, first_key=1)
+            yield Comparison(f"loss, {_name(dtype)}", loss, expected, 2e-6)
+            grads = torch.autograd.grad(loss, ours), torch.autograd.grad(expected, true)
+            for grad, expected_grad in zip(*grads, strict=True):
+                yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
+
+
 def check_rotate4(device: str) -> Iterator[Comparison]:
     for dtype in (torch.uint8, torch.float32, torch.bfloat16):
         for shape in ((3, 3, 32, 32), (2, 1, 37, 37)):
@@ -143,6 +158,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Comparison]]] = {
     "diffusion": check_diffusion,
     "group_norm_silu": check_group_norm_silu,
     "rotate4": check_rotate4,
+    "sigmoid_loss": check_sigmoid_loss,
     "similarity_lse": check_similarity_lse,
 }
 

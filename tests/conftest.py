@@ -40,6 +40,7 @@ CUDA_FUNCTIONS = {
     "info_nce_backward": ALL,
     "rotate4_forward": ALL,
     "rotate4_backward": ALL,
+    "sigmoid_loss_forward": ALL,
     "similarity_lse_forward": ALL,
     "similarity_lse_backward": ALL,
 }

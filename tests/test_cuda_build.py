@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc/ops/cuda").glob("*_kernel.cu"))
 ARCHITECTURES = ["sm_80", "sm_90"]
-MATRIX_KERNELS = r"(info_nce|similarity_lse)_(forward|backward)_kernel"
+MATRIX_KERNELS = r"(info_nce|sigmoid_loss|similarity_lse)_(forward|backward)_kernel"
 # Kernels whose registers leave room for two blocks of 256 threads on a multiprocessor. Of those of info_nce: bfloat16
 # and float16 with the usual kind of softmax; of similarity_lse: forward in these types.
 TWO_BLOCKS = (
@@ -77,7 +77,7 @@ def sass(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["info_nce_kernel.cu", "similarity_lse_kernel.cu"])
+@pytest.mark.parametrize("source", ["info_nce_kernel.cu", "sigmoid_loss_kernel.cu", "similarity_lse_kernel.cu"])
 def test_tensor_cores(sass, source):
     matrix = {name: code for name, code in sass(source).items() if re.search(MATRIX_KERNELS, name)}
     assert matrix

@@ -24,4 +24,16 @@ inline void check_same(const at::Tensor& a, const at::Tensor& b, const char* nam
                     b.device());
 }
 
+/// A non-empty matrix with the columns, dtype and device of `like`.
+inline void check_rows(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  check_dim(t, 2, name);
+  check_floating(t, name);
+  TORCH_CHECK_VALUE(t.numel() > 0, name, ": expected at least one row and one column, got shape ", t.sizes());
+  TORCH_CHECK_VALUE(t.size(1) == like.size(1), name, ": expected ", like.size(1), " columns, got shape ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected ", like.scalar_type(), ", got ",
+                   t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected a tensor on ", like.device(), ", got one on ",
+                    t.device());
+}
+
 }  // namespace sslfast

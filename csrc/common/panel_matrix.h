@@ -7,13 +7,11 @@
 
 #include <cstring>
 
+#include "csrc/common/matrix_plan.h"
 #include "csrc/common/panel_tile.h"
 
 namespace sslfast {
 namespace CPU_CAPABILITY {
-
-/// Rows and columns of packed matrices are padded with zeros to multiples of this.
-inline constexpr int64_t kMatrixPad = 32;
 
 /// What a packed matrix is used for; any sum of them.
 enum MatrixUse : int { kAsRows = 1, kAsColumns = 2, kForGradients = 4 };

@@ -1,4 +1,4 @@
-// What threads of a warp or a block compute together, in an order that is always the same; and the fast exponential.
+// What threads of a warp or a block compute together, in an order that is always the same; and the fast functions.
 #pragma once
 
 #include "csrc/common/launch.cuh"
@@ -13,6 +13,17 @@ __device__ __forceinline__ float fast_exp2(float x) {
 #else
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+/// 1/x to 1 unit in the last place.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+#if defined(SSLFAST_CUDA_EMULATED)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 #endif
 }

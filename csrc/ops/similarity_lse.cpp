@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "csrc/common/check.h"
+#include "csrc/common/matrix_plan.h"
 #include "csrc/common/scratch.h"
 #if defined(SSLFAST_WITH_CUDA)
 #include "csrc/common/cuda_device.h"
@@ -17,20 +18,6 @@ namespace sslfast {
 namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-int64_t blocks(int64_t n, int64_t block) { return (n + block - 1) / block; }
-
-void check_rows(const at::Tensor& t, const char* name, const at::Tensor& like) {
-  check_dim(t, 2, name);
-  check_floating(t, name);
-  TORCH_CHECK_VALUE(t.numel() > 0, name, ": expected at least one row and one column, got shape ", t.sizes());
-  TORCH_CHECK_VALUE(t.size(1) == like.size(1), name, ": expected ", like.size(1), " columns, got shape ", t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), name, ": expected ", like.scalar_type(), ", got ",
-                   t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected a tensor on ", like.device(), ", got one on ",
-                    t.device());
-}
 
 void check_vector(const at::Tensor& t, int64_t size, const char* name, const at::Tensor& like) {
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.device() == like.device(), name, ": expected shape [", size,
@@ -162,11 +149,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(CudaCall call, cons
 }
 #endif
 
-/// Blocks as large as leave eight of them, so that threads find work.
-int64_t block_of(int64_t padded, int64_t largest) {
-  return std::clamp(round_up(padded / 8, kSimilarityLsePad), kSimilarityLsePad, largest);
-}
-
 /// Checked and contiguous inputs on the CPU, sizes and the scratch that both directions need.
 struct CpuCall {
   at::Tensor queries, keys, exclude, bias;  // keys, exclude, bias: undefined if there are none
@@ -196,39 +178,33 @@ struct CpuCall {
       bias = key_bias->to(acc.dtype()).contiguous();
       problem.key_bias = bias.const_data_ptr();
     }
-    padded_rows = round_up(problem.rows, kSimilarityLsePad);
-    padded_keys = round_up(problem.keys, kSimilarityLsePad);
-    padded_dim = round_up(problem.dim, kSimilarityLsePad);
-    const auto capability = cpu_capability();
-    // Three bfloat16 terms pay where tiles are full.
-    const bool large = problem.rows >= 32 && problem.keys >= 64;
-    problem.plan.bf16_products = dtype == at::kBFloat16
-                                     ? capability >= CpuCapability::Avx512Bf16
-                                     : dtype != at::kDouble && large && capability >= CpuCapability::Amx;
+    padded_rows = padded(problem.rows);
+    padded_keys = padded(problem.keys);
+    padded_dim = padded(problem.dim);
+    problem.plan.bf16_products = use_bf16_products(dtype, problem.rows, problem.keys);
   }
 
   bool symmetric() const { return problem.key_data == nullptr; }
-  int64_t largest_block() const { return problem.plan.bf16_products ? 256 : 128; }
 
   /// Tiles that meet in rounds.
   void plan_rounds() {
-    problem.plan.row_block = block_of(padded_rows, largest_block());
-    problem.plan.key_block = block_of(padded_keys, largest_block());
+    problem.plan.row_block = matrix_block(padded_rows, problem.plan.bf16_products);
+    problem.plan.key_block = matrix_block(padded_keys, problem.plan.bf16_products);
   }
 
   /// Groups of row blocks × segments of the keys: a few dozen tasks. The sums of the keys are kept for each segment.
   void plan_tasks(bool key_sum) {
     auto& plan = problem.plan;
-    plan.row_block = std::min(padded_rows, largest_block());
-    plan.key_block = block_of(padded_keys, largest_block());
-    const int64_t row_blocks = blocks(padded_rows, plan.row_block);
-    plan.group_blocks = std::max(1024 / plan.row_block, blocks(row_blocks, kSimilarityLseMaxParts));
-    plan.groups = blocks(row_blocks, plan.group_blocks);
-    const int64_t key_blocks = blocks(padded_keys, plan.key_block);
+    plan.row_block = std::min(padded_rows, largest_matrix_block(plan.bf16_products));
+    plan.key_block = matrix_block(padded_keys, plan.bf16_products);
+    const int64_t row_blocks = count_blocks(padded_rows, plan.row_block);
+    plan.group_blocks = std::max(1024 / plan.row_block, count_blocks(row_blocks, kSimilarityLseMaxParts));
+    plan.groups = count_blocks(row_blocks, plan.group_blocks);
+    const int64_t key_blocks = count_blocks(padded_keys, plan.key_block);
     const int64_t segments =
-        std::clamp<int64_t>(blocks(key_sum ? 32 : kSimilarityLseMaxParts, plan.groups), 1, key_blocks);
-    plan.segment_blocks = blocks(key_blocks, segments);
-    plan.segments = blocks(key_blocks, plan.segment_blocks);
+        std::clamp<int64_t>(count_blocks(key_sum ? 32 : kSimilarityLseMaxParts, plan.groups), 1, key_blocks);
+    plan.segment_blocks = count_blocks(key_blocks, segments);
+    plan.segments = count_blocks(key_blocks, plan.segment_blocks);
   }
 
   struct Offsets {
@@ -240,7 +216,7 @@ struct CpuCall {
   void reserve_common() {
     const auto& plan = problem.plan;
     const int64_t threads = at::get_num_threads();
-    problem.tile_bytes = plan.row_block * plan.key_block * (plan.bf16_products ? 12 : acc_bytes);
+    problem.tile_bytes = matrix_tile_bytes(plan.row_block, plan.key_block, plan.bf16_products, acc_bytes);
     problem.hidden_count = (plan.row_block + plan.key_block) * problem.exclude_count;
     offsets = {reserve(padded_rows), reserve(padded_keys), reserve((symmetric() ? 5 : 3) * padded_rows * padded_dim),
                scratch.reserve_bytes(threads * problem.tile_bytes), reserve(threads * problem.hidden_count)};

@@ -21,12 +21,9 @@
 #include <optional>
 #include <tuple>
 
-#include "csrc/common/cpu_dispatch.h"
+#include "csrc/common/matrix_plan.h"
 
 namespace sslfast {
-
-/// Rows and columns are padded in scratch memory to multiples of this many elements.
-inline constexpr int64_t kSimilarityLsePad = 32;
 
 /// The most groups, and the most segments.
 inline constexpr int64_t kSimilarityLseMaxParts = 64;
@@ -40,7 +37,7 @@ struct SimilarityLsePlan {
 };
 
 /// What forward and backward have in common. Pointers are to contiguous memory. "acc" is double when the data is
-/// double, and float otherwise. Padded numbers of rows and columns: multiples of kSimilarityLsePad.
+/// double, and float otherwise. Padded numbers of rows and columns: multiples of kMatrixPad.
 struct SimilarityLseProblem {
   c10::ScalarType dtype;    // of queries and keys
   int64_t rows, keys, dim;  // M, N, D; N = M without keys
@@ -55,7 +52,7 @@ struct SimilarityLseProblem {
   void* column_bias;     // scratch, acc: padded N
   void* packed_queries;  // scratch, acc: 3·padded M·padded D (without keys 5·)
   void* tiles;           // scratch: threads·tile_bytes
-  int64_t tile_bytes;    // row_block·key_block·(bfloat16 products: 12, else acc) for the tile and what is made of it
+  int64_t tile_bytes;    // matrix_tile_bytes()
   void* hidden;          // scratch, acc: threads·hidden_count
   int64_t hidden_count;  // (row_block + key_block)·exclude_count
 };

@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from sslfast import distributed
 from sslfast.losses._common import check_pairs, check_ranks, compute_dtype, row_dots
+from sslfast.ops.sigmoid_loss import sigmoid_loss
 from sslfast.ops.similarity_lse import similarity_lse
-
-_STRIP = 256  # rows of SigLIP's logits that are held at once
 
 
 class ClipLoss(nn.Module):
@@ -107,8 +106,7 @@ class SigLipLoss(nn.Module):
     >>> loss = SigLipLoss()(image_features, text_features, logit_scale, logit_bias)
 
     Σ_ij −log sigmoid(±(logit_scale·⟨image_i, text_j⟩ + logit_bias)) / batch, + for i = j. Call with image_features and
-    text_features (batch, dim), normalised by the caller; logit_scale and logit_bias get gradients. The logits are made
-    in strips of rows, each of which is used for the gradient before the next one is made.
+    text_features (batch, dim), normalised by the caller; logit_scale and logit_bias get gradients.
 
     Args:
         cache_labels: has no effect: there are no labels.
@@ -138,44 +136,7 @@ class SigLipLoss(nn.Module):
         first_text = self.rank * len(text_features)
         if self.world_size > 1:
             text_features = distributed.all_gather(text_features)
-        dtype = compute_dtype(image_features)
-        scale, bias = (
-            torch.as_tensor(t, dtype=dtype, device=image_features.device)
-            for t in (logit_scale, 0.0 if logit_bias is None else logit_bias)
-        )
-        with torch.autocast(image_features.device.type, enabled=False):
-            loss = _SigmoidPairs.apply(image_features.to(dtype), text_features.to(dtype), scale, bias, first_text)
+        bias = 0.0 if logit_bias is None else logit_bias
+        total = sigmoid_loss(image_features, text_features, logit_scale, bias, first_key=first_text)
+        loss = (total / len(image_features)).to(compute_dtype(image_features))
         return {"contrastive_loss": loss} if output_dict else loss
-
-
-class _SigmoidPairs(torch.autograd.Function):
-    """SigLIP's loss of B images, of which the first belongs to text number `first_text`, and the texts, of whatever
-    number; the gradients come with the forward pass, strip by strip."""
-
-    @staticmethod
-    def forward(ctx, images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor, first_text: int) -> Tensor:
-        needed = any(ctx.needs_input_grad)
-        total = images.new_zeros((), dtype=torch.float64)
-        grad_images, grad_texts = torch.zeros_like(images), torch.zeros_like(texts)
-        grad_bias = torch.zeros_like(total)
-        for first in range(0, len(images), _STRIP):
-            strip = images[first : first + _STRIP]
-            similarities = strip @ texts.T
-            logits = similarities * scale + bias
-            logits.diagonal(first_text + first).neg_()  # of −log sigmoid(−l), of which there is one for each pair
-            total += F.softplus(logits).sum(dtype=torch.float64)
-            if needed:
-                weights = logits.sigmoid_()
-                weights.diagonal(first_text + first).neg_()
-                grad_images[first : first + len(strip)] = weights @ texts
-                grad_texts.addmm_(weights.T, strip)
-                grad_bias += weights.sum(dtype=torch.float64)
-        if needed:
-            grad_scale = row_dots(images, grad_images).sum()
-            ctx.save_for_backward(grad_images * scale, grad_texts * scale, grad_scale, grad_bias)
-            ctx.batch = len(images)
-        return (total / len(images)).to(images.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        return *((grad / ctx.batch * t).to(grad.dtype) for t in ctx.saved_tensors), None

@@ -4,6 +4,7 @@ from sslfast.ops.diffusion import diffusion_loss, diffusion_noise, diffusion_ste
 from sslfast.ops.group_norm_silu import group_norm_silu
 from sslfast.ops.info_nce import nt_xent
 from sslfast.ops.rotate4 import rotate4
+from sslfast.ops.sigmoid_loss import sigmoid_loss
 from sslfast.ops.similarity_lse import similarity_lse, similarity_lse_backward
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "nt_xent",
     "q_sample",
     "rotate4",
+    "sigmoid_loss",
     "similarity_lse",
     "similarity_lse_backward",
 ]

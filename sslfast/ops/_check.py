@@ -1,6 +1,12 @@
 """Argument checks that the ops share: ValueError or TypeError that names the argument."""
 
+import math
+import numbers
+
+import torch
 from torch import Tensor
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_floating(**tensors: Tensor) -> None:
@@ -24,3 +30,42 @@ def check_like(name: str, t: Tensor, like_name: str, like: Tensor, shape: tuple[
         raise ValueError(f"{name}: expected {expected}, got {tuple(t.shape)}")
     if t.device != like.device:
         raise ValueError(f"{name}: expected the device of {like_name}, {like.device}, got {t.device}")
+
+
+def check_rows(queries: Tensor, keys: Tensor) -> None:
+    """Raise unless both are non-empty floating-point matrices of one width, dtype and device."""
+    for name, t in (("queries", queries), ("keys", keys)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+        if t.dtype not in ROW_DTYPES:
+            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        if t.dim() != 2:
+            raise ValueError(f"{name}: expected shape (rows, dim), got {tuple(t.shape)}")
+        if t.shape[0] == 0 or t.shape[1] == 0:
+            raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(t.shape)}")
+        if t.shape[1] != queries.shape[1]:
+            raise ValueError(f"keys: expected {queries.shape[1]} columns, as queries, got shape {tuple(t.shape)}")
+        if t.dtype != queries.dtype:
+            raise TypeError(f"keys: expected the dtype of queries, {queries.dtype}, got {t.dtype}")
+        if t.device != queries.device:
+            raise ValueError(f"keys: expected the device of queries, {queries.device}, got {t.device}")
+
+
+def check_scalar(name: str, value: float | Tensor) -> None:
+    """Raise unless it is a finite number or a floating-point tensor with one element."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    elif not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    elif not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a float64 tensor, or a tensor, on the device of `like`."""
+    if isinstance(value, Tensor):
+        return value.to(like.device)
+    return torch.full((), value, dtype=torch.float64, device=like.device)

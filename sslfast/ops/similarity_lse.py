@@ -3,17 +3,15 @@
 The formulas: csrc/ops/similarity_lse.h, or sslfast/reference/similarity_lse.py in plain PyTorch.
 """
 
-import math
-import numbers
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from sslfast import _C, reference
+from sslfast.ops._check import as_tensor, check_rows, check_scalar
 from sslfast.ops._eager import is_plain_eager
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 
@@ -80,7 +78,7 @@ def similarity_lse(
     if not _has_kernel(queries):
         lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
         return (lse, lse_columns) if lse_columns is not None else lse
-    scale = _as_tensor(scale, queries)
+    scale = as_tensor(scale, queries)
     # The gradient of the queries alone is ready with the forward pass.
     others = (scale,) if keys is None else (scale, keys)
     key_sum = torch.is_grad_enabled() and queries.requires_grad and not any(t.requires_grad for t in others)
@@ -122,7 +120,7 @@ def similarity_lse_backward(
     if keys is not None and lse_columns is not None:
         _check_vector("lse_columns", lse_columns, keys)
         _check_vector("grad_columns", grad_columns, keys)
-    scale = _as_tensor(scale, queries)
+    scale = as_tensor(scale, queries)
     if not _has_kernel(queries):
         return reference.similarity_lse.similarity_lse_backward(
             queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
@@ -137,39 +135,9 @@ def _has_kernel(t: Tensor) -> bool:
     return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
 
 
-def _as_tensor(scale: float | Tensor, like: Tensor) -> Tensor:
-    if isinstance(scale, Tensor):
-        return scale.to(like.device)
-    return torch.full((), scale, dtype=torch.float64, device=like.device)
-
-
 def _check(queries, keys, scale, exclude, key_bias) -> None:
-    for name, t in (("queries", queries), ("keys", keys)):
-        if t is None and name == "keys":
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
-        if t.dim() != 2:
-            raise ValueError(f"{name}: expected shape (rows, dim), got {tuple(t.shape)}")
-        if t.shape[0] == 0 or t.shape[1] == 0:
-            raise ValueError(f"{name}: expected at least one row and one column, got shape {tuple(t.shape)}")
-        if t.shape[1] != queries.shape[1]:
-            raise ValueError(f"keys: expected {queries.shape[1]} columns, as queries, got shape {tuple(t.shape)}")
-        if t.dtype != queries.dtype:
-            raise TypeError(f"keys: expected the dtype of queries, {queries.dtype}, got {t.dtype}")
-        if t.device != queries.device:
-            raise ValueError(f"keys: expected the device of queries, {queries.device}, got {t.device}")
-    if isinstance(scale, Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"scale: expected one element, got shape {tuple(scale.shape)}")
-        if not scale.is_floating_point():
-            raise TypeError(f"scale: expected a floating-point tensor, got {scale.dtype}")
-    elif not isinstance(scale, numbers.Real):
-        raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")
-    elif not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    check_rows(queries, queries if keys is None else keys)
+    check_scalar("scale", scale)
     if exclude is not None:
         if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
             found = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__

@@ -8,6 +8,7 @@
 #include "csrc/ops/group_norm_silu.h"
 #include "csrc/ops/info_nce.h"
 #include "csrc/ops/rotate4.h"
+#include "csrc/ops/sigmoid_loss.h"
 #include "csrc/ops/similarity_lse.h"
 #include "tests/cuda_emulator/emulator.h"
 #include "tests/cuda_emulator/faulty_kernels.h"
@@ -107,6 +108,7 @@ PYBIND11_MODULE(sslfast_emulated, m) {
   m.def("info_nce_backward", on_device(&sslfast::info_nce_backward));
   m.def("rotate4_forward", on_device(&sslfast::rotate4_forward));
   m.def("rotate4_backward", on_device(&sslfast::rotate4_backward));
+  m.def("sigmoid_loss_forward", on_device(&sslfast::sigmoid_loss_forward));
   m.def("similarity_lse_forward", on_device(&sslfast::similarity_lse_forward));
   m.def("similarity_lse_backward", on_device(&sslfast::similarity_lse_backward));
   m.def("set_order", &set_order);

@@ -14,27 +14,21 @@
 // packs each of its key blocks once, and the partial results of the segments are joined in order at the end; backward,
 // and without keys, pairs of blocks meet in rounds (csrc/common/block_pairs.h) and add to their blocks in turn.
 #include <ATen/Parallel.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <cmath>
 #include <limits>
 
-#include "csrc/common/bf16_matrix.h"
 #include "csrc/common/block_pairs.h"
-#include "csrc/common/panel_matrix.h"
+#include "csrc/common/pair_tiles.h"
 #include "csrc/ops/similarity_lse.h"
 
 namespace sslfast {
 namespace CPU_CAPABILITY {
 namespace {
 
-static_assert(kMatrixPad == kSimilarityLsePad);
 constexpr int64_t kMaxBlock = 256;
 
 using Problem = SimilarityLseProblem;
-
-int64_t padded(int64_t n) { return round_up(n, kMatrixPad); }
 
 template <typename T>
 constexpr T kMinusInfinity = -std::numeric_limits<T>::infinity();
@@ -50,25 +44,6 @@ T max_lanes(Vec<T> v) {
   for (int i = 1; i < kLanes<T>; ++i) max = v[i] > max ? v[i] : max;
   return max;
 }
-
-/// A tile of scaled similarities: rows row…row + rows − 1, columns col…col + cols − 1.
-template <typename Engine>
-struct Tile {
-  using T = typename Engine::T;
-  static constexpr int64_t kWidth = Engine::kWidth;
-  T* data;        // [cols / kWidth][rows][kWidth]
-  void* weights;  // what Engine::prepare makes of it
-  int64_t row, rows, col, cols;
-
-  Tile(const Problem& p, int64_t first_row, int64_t first_col) : row(first_row), col(first_col) {
-    char* scratch = static_cast<char*>(p.tiles) + at::get_thread_num() * p.tile_bytes;
-    data = reinterpret_cast<T*>(scratch);
-    weights = scratch + p.plan.row_block * p.plan.key_block * static_cast<int64_t>(sizeof(T));
-    rows = std::min(p.plan.row_block, padded(p.rows) - row);
-    cols = std::min(p.plan.key_block, padded(p.keys) - col);
-  }
-  T& operator()(int64_t r, int64_t c) const { return data[(c / kWidth * rows + r) * kWidth + c % kWidth]; }
-};
 
 /// What is left out of tiles without keys is not the same for rows and columns.
 bool symmetric(const Problem& p) { return p.key_data == nullptr; }
@@ -107,15 +82,6 @@ void fill_biases(const Problem& p) {
   for (int64_t j = 0; j < padded(p.keys); ++j) column_bias[j] = j >= p.keys ? kMinusInfinity<T> : bias ? bias[j] : T(0);
   for (int64_t i = 0; i < padded(p.rows); ++i)
     row_bias[i] = symmetric(p) ? column_bias[i] : i < p.rows ? T(0) : kMinusInfinity<T>;
-}
-
-template <typename Engine>
-void pack(const typename Engine::Matrix& m, const void* data, int64_t count, int64_t dim) {
-  using Z = typename Engine::Z;
-  at::parallel_for(0, m.rows / kMatrixPad, 2, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin * kMatrixPad; row < end * kMatrixPad; row += kMatrixPad)
-      Engine::pack(m, row, static_cast<const Z*>(data) + row * dim, count - row, dim);
-  });
 }
 
 /// Sets a new maximum and shrinks what was summed so far; returns by how much. exp takes its argument minus `shift`:
@@ -484,43 +450,17 @@ void backward(const SimilarityLseBackwardParams& a) {
   });
 }
 
-/// Calls run(engine) with the engine for the data and this machine.
-template <typename Run>
-void switch_engine(const Problem& p, const Run& run) {
-  const auto dtype = p.dtype;
-#if defined(CPU_CAPABILITY_AVX512)
-  if (p.plan.bf16_products) {
-    const bool amx = cpu_capability() == CpuCapability::Amx;
-    if (dtype == c10::ScalarType::BFloat16)
-      return amx ? run.template operator()<Bf16Engine<Amx, c10::BFloat16>>()
-                 : run.template operator()<Bf16Engine<DotProducts, c10::BFloat16>>();
-    if (dtype == c10::ScalarType::Half) return run.template operator()<Bf16Engine<Amx, c10::Half>>();
-    return run.template operator()<Bf16Engine<Amx, float>>();
-  }
-#endif
-  switch (dtype) {
-    case c10::ScalarType::Double:
-      return run.template operator()<PanelEngine<double, double>>();
-    case c10::ScalarType::BFloat16:
-      return run.template operator()<PanelEngine<c10::BFloat16, float>>();
-    case c10::ScalarType::Half:
-      return run.template operator()<PanelEngine<c10::Half, float>>();
-    default:
-      return run.template operator()<PanelEngine<float, float>>();
-  }
-}
-
 }  // namespace
 
 void launch_similarity_lse_forward_cpu(const SimilarityLseForwardParams& p) {
-  switch_engine(p.problem, [&]<typename Engine>() {
+  with_engine(p.problem.dtype, p.problem.plan.bf16_products, [&]<typename Engine>() {
     fill_biases<typename Engine::T>(p.problem);
     symmetric(p.problem) ? forward_between_rows<Engine>(p) : forward_with_keys<Engine>(p);
   });
 }
 
 void launch_similarity_lse_backward_cpu(const SimilarityLseBackwardParams& p) {
-  switch_engine(p.problem, [&]<typename Engine>() {
+  with_engine(p.problem.dtype, p.problem.plan.bf16_products, [&]<typename Engine>() {
     fill_biases<typename Engine::T>(p.problem);
     backward<Engine>(p);
   });

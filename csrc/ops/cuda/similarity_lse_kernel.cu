@@ -19,57 +19,27 @@
 // Softmax in base 2. Each row, and each column of a tile, follows its own maximum: nothing is known of the lengths.
 // Determinism: no atomics; the division of work depends on M, N, D and the type alone.
 #include "csrc/common/launch.cuh"
-#include "csrc/common/tile.cuh"
+#include "csrc/common/weighted_rows.cuh"
 #include "csrc/ops/cuda/similarity_lse_kernel.h"
 
 namespace sslfast {
 namespace {
 
 constexpr int kThreads = kTileThreads;
-constexpr int kBlock = 128;   // rows and columns of a forward tile; packed rows are padded to a multiple of it
-constexpr int kColumns = 64;  // rows J of one step of the backward kernel
+constexpr int kBlock = kPackedRows;  // rows and columns of a forward tile
 
 using Problem = SimilarityLseCudaProblem;
 
 /// A packed matrix, and the pairs that its rows leave out.
-struct Matrix {
-  int count, padded, chunks;  // rows, rows with padding, slots of a row
-  void* data;                 // Element[padded][chunks · kSlotColumns]
-  const int64_t* exclude;     // (count, exclude_count), or null
+struct Matrix : PackedMatrix {
+  const int64_t* exclude;  // (count, exclude_count), or null
 };
 
-Matrix matrix_of(ProductType type, int64_t count, int64_t dim) {
-  const int64_t chunks = divide_up(dim * element_bytes(type), kSlotRowBytes);
-  return {static_cast<int>(count), static_cast<int>(round_up(count, kBlock)), static_cast<int>(chunks), nullptr,
-          nullptr};
-}
-
-int64_t matrix_bytes(const Matrix& m) { return int64_t{m.padded} * m.chunks * kSlotRowBytes; }
-
-struct PackParams {
-  Matrix m;
-  const void* source;
-  int dim;
-  bool aligned;  // rows of the source are multiples of 16 bytes
-};
-
-/// One warp a row. Traffic: each element read and written once.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) similarity_lse_pack_kernel(const PackParams p) {
-  constexpr int kSize = Pack<T>::kSize;
-  const int lane = threadIdx.x % 32, row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  const T* source = static_cast<const T*>(p.source) + int64_t{row} * p.dim;
-  const int dim = row < p.m.count ? p.dim : 0, padded_dim = p.m.chunks * kSlotColumns<T>;
-  for (int d = lane * kSize; d < padded_dim; d += 32 * kSize)
-    store_pack(static_cast<T*>(p.m.data) + int64_t{row} * padded_dim + d, load_row(source, d, dim, p.aligned));
-}
+Matrix matrix_of(ProductType type, int64_t count, int64_t dim) { return {packed_matrix(type, count, dim), nullptr}; }
 
 template <typename T>
 void launch_pack(const Matrix& m, const void* source, int64_t dim, cudaStream_t stream) {
-  const bool aligned = rows_are_aligned(source, source, dim * static_cast<int64_t>(sizeof(T)));
-  const dim3 grid(static_cast<unsigned>(m.padded / (kThreads / 32)));
-  launch(similarity_lse_pack_kernel<T>, {"similarity_lse_pack", grid, kThreads, 0, stream},
-         PackParams{m, source, static_cast<int>(dim), aligned});
+  launch_tile_pack<T>("similarity_lse_pack", m, source, dim, stream);
 }
 
 /// The pairs of a tile that are left out, as bits of the accumulator's elements: of the sums of its rows, and of its
@@ -333,8 +303,8 @@ ForwardLayout forward_layout(const SimilarityLseForwardCudaParams& p) {
   const int64_t slots = f.symmetric ? blocks : divide_up(blocks, f.run);
 
   Workspace workspace{static_cast<char*>(q.workspace)};
-  f.a.data = workspace.take<char>(matrix_bytes(f.a));
-  f.b.data = f.symmetric ? f.a.data : workspace.take<char>(matrix_bytes(f.b));
+  f.a.data = workspace.take<char>(packed_bytes(f.a));
+  f.b.data = f.symmetric ? f.a.data : workspace.take<char>(packed_bytes(f.b));
   f.row_bias = layout.row_bias = workspace.take<float>(f.a.padded);
   f.column_bias = layout.column_bias = f.symmetric ? layout.row_bias : workspace.take<float>(f.b.padded);
   f.row_max = workspace.take<float>(slots * f.a.padded);
@@ -439,90 +409,44 @@ __global__ void __launch_bounds__(kThreads) similarity_lse_stats_kernel(const St
 }
 
 struct BackwardParams {
-  Matrix a, b;  // whose gradient it is, and the others
+  WeightedRowsParams rows;
+  const int64_t *row_exclude, *column_exclude;  // or null
   bool symmetric;
   int exclude_count;
   const float* scale;
   const RowStats *row_stats, *column_stats;  // (padded)
-  int splits, tiles;                         // blocks that share a row block; steps of 64 rows J of each
-  int slices;
-  bool resident;   // all chunks of A_I stay in shared memory
-  bool whole;      // all chunks of one B_J are in shared memory at once, for both products
-  float* partial;  // [splits][padded][chunks · kSlotColumns]: Σ W·b times the gradient scale
-  float* dots;     // [splits][row blocks]: Σ W·⟨a, b⟩ of the block, times the gradient scale
+  float* dots;                               // [splits][row blocks]: Σ W·⟨a, b⟩ of the block, times the gradient scale
 };
 
-template <typename T, int kRows>
-int64_t backward_shared_bytes(int chunks, bool resident, bool whole) {
-  const int64_t a = int64_t{resident ? chunks : 2} * kRows * kSlotRowBytes;
-  const int64_t b = int64_t{whole ? chunks + 1 : 2} * kColumns * kSlotRowBytes;
-  const int64_t w = int64_t{kRows} * kColumns * static_cast<int64_t>(sizeof(T));
-  return a + b + w + (kRows + 2 * kColumns) * static_cast<int64_t>(sizeof(RowStats));
-}
+template <int kRows>
+constexpr int64_t kStatsBytes = (kRows + 2 * kWeightedColumns) * static_cast<int64_t>(sizeof(RowStats));
 
-/// Block (I, slice, split). A "step" of the pipeline loads one chunk: those of A_I and B_J for the products first,
-/// then, unless `whole`, those of B_J in the slice once more for W·B_J. While a step is computed, the next one is under
-/// way.
-template <typename Math, int kRows, int kSlice>
-__global__ void __launch_bounds__(kThreads) similarity_lse_backward_kernel(const BackwardParams p) {
-  using T = typename Math::Element;
-  constexpr int kSlotBytes = kColumns * kSlotRowBytes;
-  constexpr int kM = kRows / 64, kN = 4;                                 // W: eight warps as 4×2, a warp (kRows/4)×32
-  constexpr int kWarpsDown = kRows / 32, kWarpsAcross = 8 / kWarpsDown;  // sums: a warp 32 × kWidth of every chunk
-  constexpr int kChunks = kSlice / kSlotColumns<T>, kWidth = kSlotColumns<T> / kWarpsAcross;
+/// Products → W, and the sum of W·products.
+template <int kRows>
+struct SoftmaxWeights {
+  static constexpr int kColumns = kWeightedColumns;
+  const BackwardParams& p;
+  RowStats *row_stats, *column_stats;  // shared: [kRows], [2][kColumns]: of two tiles
+  float scale2, dot = 0.0f;
 
-  const int first_row = blockIdx.x * kRows;
-  const int chunks = p.a.chunks, first_chunk = blockIdx.y * kChunks, slice_chunks = min(kChunks, chunks - first_chunk);
-  const int first_tile = blockIdx.z * p.tiles;
-  const int tiles = min(p.tiles, p.b.padded / kColumns - first_tile);
-  const int tile_steps = chunks + (p.whole ? 0 : slice_chunks), steps = tiles * tile_steps;
-  const int slots = p.whole ? chunks + 1 : 2;
-  const int warp = threadIdx.x / 32;
-  const float scale2 = log2_scale(p.scale);
+  __device__ __forceinline__ SoftmaxWeights(const BackwardParams& params, unsigned char* shared)
+      : p(params),
+        row_stats(reinterpret_cast<RowStats*>(shared)),
+        column_stats(row_stats + kRows),
+        scale2(log2_scale(params.scale)) {}
 
-  unsigned char* a_slots = shared_memory();
-  unsigned char* b_slots = a_slots + (p.resident ? chunks : 2) * kRows * kSlotRowBytes;
-  unsigned char* w_slots = b_slots + slots * kSlotBytes;
-  RowStats* row_stats = reinterpret_cast<RowStats*>(w_slots + kRows * kColumns * sizeof(T));  // [kRows]
-  RowStats* column_stats = row_stats + kRows;                                                 // [2][kColumns]
-
-  const auto a_slot = [&](int step) {
-    return a_slots + (p.resident ? step % tile_steps : step % 2) * kRows * kSlotRowBytes;
-  };
-  const auto b_slot = [&](int step) { return b_slots + step % slots * kSlotBytes; };
-  const auto prefetch = [&](int step) {
-    const int tile = step / tile_steps, at = step % tile_steps;
-    const int first_column = (first_tile + tile) * kColumns;
-    if (at < chunks && (!p.resident || tile == 0)) load_slot<kRows>(a_slot(step), p.a.data, chunks, first_row, at);
-    load_slot<kColumns>(b_slot(step), p.b.data, chunks, first_column, at < chunks ? at : first_chunk + at - chunks);
-    if (at == 0 && threadIdx.x < kColumns)
+  __device__ __forceinline__ void prefetch(int tile, int first_row, int first_column) const {
+    if (threadIdx.x < kColumns)
       cp_async_16(column_stats + tile % 2 * kColumns + threadIdx.x, p.column_stats + first_column + threadIdx.x);
-    if (step == 0 && threadIdx.x < kRows) cp_async_16(row_stats + threadIdx.x, p.row_stats + first_row + threadIdx.x);
-    cp_async_commit();
-  };
-  int step = 0;
-  const auto next_step = [&] {  // data of `step` is there; that of step + 1 is under way
-    cp_async_wait_all();
-    __syncthreads();
-    if (step + 1 < steps) prefetch(step + 1);
-  };
+    if (tile == 0 && threadIdx.x < kRows) cp_async_16(row_stats + threadIdx.x, p.row_stats + first_row + threadIdx.x);
+  }
 
-  float acc[kChunks][2][kWidth / 8][4] = {};
-  float dot = 0.0f;
-  const int a_start = a_offset(warp / kWarpsAcross * 32);
-
-  prefetch(0);
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int warp_row = warp / 2 * (kRows / 4), warp_column = warp % 2 * 32;
-    float x[kM][kN][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk, ++step) {
-      next_step();
-      multiply_chunk<Math>(x, a_slot(step), warp_row, b_slot(step), warp_column);
-    }
-
-    const int first_column = (first_tile + tile) * kColumns;
-    const auto out = find_excluded<kM, kN, kRows, kColumns, uint32_t>(p.a, p.b, p.exclude_count, first_row,
-                                                                      first_column, warp_row, warp_column);
+  template <int kM, int kN>
+  __device__ __forceinline__ void operator()(float (&x)[kM][kN][4], int tile, int first_row, int first_column,
+                                             int warp_row, int warp_column) {
+    const Matrix a = {p.rows.a, p.row_exclude}, b = {p.rows.b, p.column_exclude};
+    const auto out = find_excluded<kM, kN, kRows, kColumns, uint32_t>(a, b, p.exclude_count, first_row, first_column,
+                                                                      warp_row, warp_column);
 #pragma unroll
     for (int m = 0; m < kM; ++m)
 #pragma unroll
@@ -530,8 +454,7 @@ __global__ void __launch_bounds__(kThreads) similarity_lse_backward_kernel(const
         const int local_row = warp_row + 16 * m + tile_row(2 * h);
         const RowStats row = row_stats[local_row];
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          T pair[2];
+        for (int n = 0; n < kN; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int local_column = warp_column + 8 * n + tile_column(e), bit = (m * kN + n) * 4 + 2 * h + e;
@@ -544,83 +467,19 @@ __global__ void __launch_bounds__(kThreads) similarity_lse_backward_kernel(const
                 w += fast_exp2(fmaf(product, scale2, row.bias - column.lse2)) * column.factor;
             }
             dot += w * product;
-            pair[e] = from_float<T>(w);
+            x[m][n][2 * h + e] = w;
           }
-          const int column = warp_column + 8 * n + tile_column(0);
-          unsigned char* w_slot = w_slots + column / kSlotColumns<T> * kRows * kSlotRowBytes;
-          const int in_slot = column % kSlotColumns<T>;
-          T* target = reinterpret_cast<T*>(w_slot + chunk_offset(local_row, in_slot / Pack<T>::kSize));
-          target[in_slot % Pack<T>::kSize] = pair[0];
-          target[in_slot % Pack<T>::kSize + 1] = pair[1];
-        }
       }
-
-    if (p.whole) __syncthreads();  // W is written; otherwise next_step() sees to it
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk >= slice_chunks) continue;
-      if (!p.whole) next_step();
-      multiply_weights<Math, kRows, kColumns>(acc[chunk], w_slots, a_start,
-                                              b_slot(p.whole ? tile * tile_steps + first_chunk + chunk : step),
-                                              warp % kWarpsAcross * kWidth);
-      if (!p.whole) ++step;
-    }
   }
-
-  __syncthreads();  // block_reduce() writes where the last chunks were
-  dot = block_reduce<kThreads>(dot, [](float a, float b) { return a + b; });
-  if (threadIdx.x == 0 && blockIdx.y == 0) store_global(p.dots + blockIdx.z * gridDim.x + blockIdx.x, dot);
-  const int64_t padded_dim = int64_t{chunks} * kSlotColumns<T>;
-  float* sums = p.partial + (int64_t{blockIdx.z} * p.a.padded + first_row) * padded_dim;
-#pragma unroll
-  for (int chunk = 0; chunk < kChunks; ++chunk) {
-    if (chunk >= slice_chunks) continue;
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-#pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = warp / kWarpsAcross * 32 + 16 * m + tile_row(2 * h);
-          const int column =
-              (first_chunk + chunk) * kSlotColumns<T> + warp % kWarpsAcross * kWidth + 8 * n + tile_column(0);
-          store_global(reinterpret_cast<float2*>(sums + row * padded_dim + column),
-                       float2{acc[chunk][m][n][2 * h], acc[chunk][m][n][2 * h + 1]});
-        }
-  }
-}
-
-struct FinishParams {
-  int count, padded, dim, padded_dim, splits;
-  const float* partial;
-  const float *gradient_scale, *scale;  // scale: or null, for 1
-  bool aligned;                         // rows of `out` are multiples of 16 bytes
-  void* out;                            // (count, dim)
 };
 
-/// A warp a row. Traffic: splits·count·dim floats read, count·dim elements written.
-template <typename T>
-__global__ void __launch_bounds__(kThreads) similarity_lse_finish_kernel(const FinishParams p) {
-  constexpr int kSize = Pack<T>::kSize;
-  const int lane = threadIdx.x % 32, row = blockIdx.x * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= p.count) return;
-  const float factor = (p.scale == nullptr ? 1.0f : load_global(p.scale)) / load_global(p.gradient_scale);
-  for (int d = lane * kSize; d < p.dim; d += 32 * kSize) {
-    float sum[kSize] = {};
-    for (int split = 0; split < p.splits; ++split) {
-      const float* partial = p.partial + (int64_t{split} * p.padded + row) * p.padded_dim + d;
-#pragma unroll
-      for (int i = 0; i < kSize; i += 4) {
-        const Pack<float> pack = load_pack(partial + i);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) sum[i + k] += pack.at[k];
-      }
-    }
-    Pack<T> result;
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) result.at[i] = from_float<T>(sum[i] * factor);
-    store_row(static_cast<T*>(p.out) + int64_t{row} * p.dim, d, p.dim, p.aligned, result);
-  }
+template <typename Math, int kRows, int kSlice>
+__global__ void __launch_bounds__(kThreads) similarity_lse_backward_kernel(const BackwardParams p) {
+  SoftmaxWeights<kRows> weights(p, shared_memory() + weighted_rows_bytes<typename Math::Element, kRows>(p.rows));
+  weighted_rows<Math, kRows, kSlice>(p.rows, weights);
+  __syncthreads();  // block_reduce() writes where the last chunks were
+  const float dot = block_reduce<kThreads>(weights.dot, [](float a, float b) { return a + b; });
+  if (threadIdx.x == 0 && blockIdx.y == 0) store_global(p.dots + blockIdx.z * gridDim.x + blockIdx.x, dot);
 }
 
 struct ScaleGradientParams {
@@ -646,26 +505,6 @@ struct BackwardLayout {
   int64_t workspace_bytes;
 };
 
-/// How a side is cut, and its partial sums, which both sides may have in the same place.
-template <typename T, int kRows, int kSlice>
-int64_t lay_out_side(BackwardParams* b) {
-  constexpr auto fits = [](int chunks, bool resident, bool whole) {
-    return backward_shared_bytes<T, kRows>(chunks, resident, whole) <= static_cast<int64_t>(kMaxSharedBytes);
-  };
-  const int chunks = b->a.chunks;
-  b->whole = fits(chunks, true, true) || (fits(chunks, false, true) && !fits(chunks, true, false));
-  b->resident = fits(chunks, true, b->whole);
-  b->slices = static_cast<int>(divide_up(chunks, kSlice / kSlotColumns<T>));
-  // Enough blocks for a large GPU, but no block with less than two steps, nor more than 64 parts of one row's gradient.
-  const int64_t row_blocks = b->a.padded / kRows, tiles = b->b.padded / kColumns;
-  int64_t splits = 256 / (row_blocks * b->slices);
-  splits = splits > tiles / 2 ? tiles / 2 : splits;
-  splits = splits > 64 ? 64 : splits < 1 ? 1 : splits;
-  b->tiles = static_cast<int>(divide_up(tiles, splits));
-  b->splits = static_cast<int>(divide_up(tiles, b->tiles));
-  return int64_t{b->splits} * b->a.padded * chunks * kSlotColumns<T>;
-}
-
 template <typename T, int kRows, int kSlice>
 BackwardLayout backward_layout(const SimilarityLseBackwardCudaParams& p) {
   const Problem& q = p.problem;
@@ -674,49 +513,40 @@ BackwardLayout backward_layout(const SimilarityLseBackwardCudaParams& p) {
   Workspace workspace{static_cast<char*>(q.workspace)};
   layout.queries = matrix_of(q.type, q.rows, q.dim);
   layout.queries.exclude = q.exclude;
-  layout.queries.data = workspace.take<char>(matrix_bytes(layout.queries));
+  layout.queries.data = workspace.take<char>(packed_bytes(layout.queries));
   layout.query_stats = workspace.take<RowStats>(layout.queries.padded);
   layout.keys = layout.queries;
   layout.key_stats = layout.query_stats;
   if (!symmetric) {
     layout.keys = matrix_of(q.type, q.keys, q.dim);
-    layout.keys.data = workspace.take<char>(matrix_bytes(layout.keys));
+    layout.keys.data = workspace.take<char>(packed_bytes(layout.keys));
     layout.key_stats = workspace.take<RowStats>(layout.keys.padded);
   }
   layout.gradient_scale = workspace.take<float>(1);
   int64_t partial_count = 0, dots = 0;
   for (int side = 0; side < (p.grad_keys == nullptr ? 1 : 2); ++side) {
     BackwardParams& b = layout.sides[side];
-    b.a = side == 0 ? layout.queries : layout.keys;
-    b.b = side == 0 ? layout.keys : layout.queries;
+    const Matrix &own = side == 0 ? layout.queries : layout.keys, &others = side == 0 ? layout.keys : layout.queries;
+    b.row_exclude = own.exclude;
+    b.column_exclude = others.exclude;
     b.symmetric = symmetric;
     b.exclude_count = q.exclude_count;
     b.scale = q.scale;
     b.row_stats = side == 0 ? layout.query_stats : layout.key_stats;
     b.column_stats = side == 0 ? layout.key_stats : layout.query_stats;
-    const int64_t count = lay_out_side<T, kRows, kSlice>(&b), blocks = int64_t{b.splits} * (b.a.padded / kRows);
+    b.rows = cut_weighted_rows<T, kRows, kSlice>(own, others, kStatsBytes<kRows>);
+    const int64_t count = partial_floats(b.rows), blocks = int64_t{b.rows.splits} * (own.padded / kRows);
     partial_count = count > partial_count ? count : partial_count;
     dots = blocks > dots ? blocks : dots;
   }
   float* partial = workspace.take<float>(partial_count);
   float* dot = workspace.take<float>(dots);
   for (BackwardParams& b : layout.sides) {
-    b.partial = partial;
+    b.rows.partial = partial;
     b.dots = dot;
   }
   layout.workspace_bytes = workspace.used;
   return layout;
-}
-
-template <typename Out>
-void launch_finish(const BackwardParams& b, const BackwardLayout& layout, int64_t dim, int64_t padded_dim,
-                   const float* scale, void* out, cudaStream_t stream) {
-  const bool aligned = rows_are_aligned(out, out, dim * static_cast<int64_t>(sizeof(Out)));
-  const FinishParams finish = {b.a.count, b.a.padded, static_cast<int>(dim), static_cast<int>(padded_dim),
-                               b.splits,  b.partial,  layout.gradient_scale, scale,
-                               aligned,   out};
-  const dim3 grid(static_cast<unsigned>(divide_up(b.a.count, kThreads / 32)));
-  launch(similarity_lse_finish_kernel<Out>, {"similarity_lse_finish", grid, kThreads, 0, stream}, finish);
 }
 
 template <typename Math, int kRows, int kSlice>
@@ -743,15 +573,15 @@ void launch_backward(const SimilarityLseBackwardCudaParams& p, cudaStream_t stre
   }
   for (int side = 0; side < (p.grad_keys == nullptr ? 1 : 2); ++side) {
     const BackwardParams& b = layout.sides[side];
-    const dim3 grid(static_cast<unsigned>(b.a.padded / kRows), b.slices, b.splits);
-    const size_t shared_bytes = static_cast<size_t>(backward_shared_bytes<T, kRows>(b.a.chunks, b.resident, b.whole));
+    const dim3 grid = weighted_rows_grid<kRows>(b.rows);
+    const int64_t shared_bytes = weighted_rows_bytes<T, kRows>(b.rows) + kStatsBytes<kRows>;
     launch(similarity_lse_backward_kernel<Math, kRows, kSlice>,
-           {"similarity_lse_backward", grid, kThreads, shared_bytes, stream}, b);
-    const int64_t padded_dim = int64_t{b.a.chunks} * kSlotColumns<T>;
+           {"similarity_lse_backward", grid, kThreads, static_cast<size_t>(shared_bytes), stream}, b);
+    const char* finish = "similarity_lse_finish";
     if (side == 0 && p.key_sum != nullptr)
-      launch_finish<float>(b, layout, q.dim, padded_dim, nullptr, p.key_sum, stream);
+      launch_tile_finish<float>(finish, b.rows, q.dim, {nullptr, layout.gradient_scale}, p.key_sum, stream);
     void* out = side == 0 ? p.grad_queries : p.grad_keys;
-    if (out != nullptr) launch_finish<T>(b, layout, q.dim, padded_dim, q.scale, out, stream);
+    if (out != nullptr) launch_tile_finish<T>(finish, b.rows, q.dim, {q.scale, layout.gradient_scale}, out, stream);
     if (side == 0 && p.grad_scale != nullptr)
       launch(similarity_lse_scale_gradient_kernel,
              {"similarity_lse_scale_gradient", 1, kThreads, kReduceBytes<kThreads>, stream},

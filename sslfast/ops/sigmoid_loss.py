@@ -1,0 +1,107 @@
+"""The sigmoid loss of all pairs, of which SigLIP is made, without the matrix of similarities.
+
+The formulas: csrc/ops/sigmoid_loss.h, or sslfast/reference/sigmoid_loss.py in plain PyTorch.
+"""
+
+import torch
+from torch import Tensor
+
+from sslfast import _C, reference
+from sslfast.ops._check import as_tensor, check_rows, check_scalar
+from sslfast.ops._eager import is_plain_eager
+
+_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+
+
+def sigmoid_loss(
+    queries: Tensor, keys: Tensor, scale: float | Tensor, bias: float | Tensor = 0.0, *, first_key: int = 0
+) -> Tensor:
+    """Σ_ij −log σ(y_ij·(scale·⟨q_i, k_j⟩ + bias)), y_ij = 1 for row i's own key and −1 for the others.
+
+    The similarities are computed tile by tile and never stored, once for the loss and all gradients. Nothing is
+    normalised here.
+
+    Args:
+        queries: (M, D) with M ≥ 1 and D ≥ 1, float32, bfloat16, float16, or float64 on the CPU.
+        keys: (N, D) with N ≥ 1, of the same dtype and device.
+        scale: a number, or a tensor with one element, which gets a gradient.
+        bias: likewise.
+        first_key: row i's own key is number first_key + i. Rows for which there is no such key have none: with keys of
+            other ranks, N leaves all rows without.
+
+    Returns:
+        A scalar, float64: the sum, for any divisor.
+
+    Raises:
+        TypeError: tensors of another kind.
+        ValueError: another shape or device, a scale or bias that is not finite.
+
+    Two calls with the same input give the same bits, on any number of threads. Memory grows with (M + N)·D.
+
+    Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343.
+    """
+    check_rows(queries, keys)
+    for name, value in (("scale", scale), ("bias", bias)):
+        check_scalar(name, value)
+    if not isinstance(first_key, int):
+        raise TypeError(f"first_key: expected a whole number, got {type(first_key).__name__}")
+    if not _has_kernel(queries):
+        return reference.sigmoid_loss.sigmoid_loss(queries, keys, scale, bias, first_key)
+    inputs = queries, keys, as_tensor(scale, queries), as_tensor(bias, queries)
+    gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    forward = _SigmoidLoss.apply if is_plain_eager(*inputs) else torch.ops.sslfast.sigmoid_loss_forward
+    return forward(*inputs, first_key, gradients)[0]
+
+
+def _has_kernel(t: Tensor) -> bool:
+    return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
+
+
+def _run_forward(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _C.sigmoid_loss_forward(*inputs)
+
+
+@torch.library.custom_op("sslfast::sigmoid_loss_forward", mutates_args=(), device_types=_DEVICES)
+def _forward(
+    queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, first_key: int, gradients: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, and the gradients of queries, keys, scale and bias; those of queries and keys empty unless asked for)."""
+    return _run_forward(queries, keys, scale, bias, first_key, gradients)
+
+
+@_forward.register_fake
+def _(queries, keys, scale, bias, first_key, gradients):
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    scalars = [queries.new_empty((), dtype=torch.float64) for _ in range(3)]
+    matrices = [t.new_empty(t.shape if gradients else (0,), dtype=dtype) for t in (queries, keys)]
+    return scalars[0], *matrices, *scalars[1:]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _, *gradients = output
+    ctx.save_for_backward(*gradients)
+    ctx.mark_non_differentiable(*gradients)
+    ctx.likes = [(t.dtype, t.shape) for t in inputs[:4]]
+
+
+def _backward(ctx, grad_loss: Tensor, *_none):
+    if torch.is_grad_enabled():
+        raise RuntimeError("sigmoid_loss has no second derivative: call it without create_graph=True")
+    gradients = zip(ctx.saved_tensors, ctx.likes, ctx.needs_input_grad[:4], strict=True)
+    scaled = ((t * grad_loss).to(dtype).reshape(shape) if needed else None for t, (dtype, shape), needed in gradients)
+    return *scaled, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _SigmoidLoss(torch.autograd.Function):
+    """The same without the dispatcher, which costs tens of microseconds a step."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _run_forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
