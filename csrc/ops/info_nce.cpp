@@ -282,8 +282,8 @@ struct NTXent : torch::autograd::Function<NTXent> {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "nt_xent has no second derivative: call backward or grad without create_graph=True");
     const auto saved = ctx->get_saved_variables();
-    auto [grad_z1, grad_z2, grad_temperature] = info_nce_backward(grads[0], saved[0], saved[1], saved[2], saved[3],
-                                                                  ctx->saved_data["reduction"].toStringRef());
+    auto [grad_z1, grad_z2, grad_temperature] =
+        info_nce_backward(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["reduction"].toStringRef());
     return {grad_z1, grad_z2, grad_temperature, at::Tensor()};
   }
 };
