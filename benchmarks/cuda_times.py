@@ -9,11 +9,14 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 
+import diffusers
 import peers
 import torch
+import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
-from sslfast.losses import NTXentLoss
+from sslfast import ops, schedulers
+from sslfast.losses import ClipLoss, NTXentLoss, SigLipLoss
 from sslfast.transforms import SimCLRTransform
 
 
@@ -40,7 +43,11 @@ def loss_and_gradients(loss: Callable, z1: torch.Tensor, z2: torch.Tensor) -> tu
     return torch.autograd.grad(loss(z1, z2), (z1, z2))
 
 
-def nt_xent(device: str, quick: bool) -> None:
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def info_nce(device: str, quick: bool) -> None:
     losses = {
         "sslfast": NTXentLoss(peers.TEMPERATURE),
         "lightly": peers.nt_xent_lightly(),
@@ -52,11 +59,11 @@ def nt_xent(device: str, quick: bool) -> None:
             views = torch.randn(2, batch, 128, device=device).to(dtype)
             z1, z2 = (view.clone().requires_grad_() for view in views)
             seconds = {name: median(partial(loss_and_gradients, loss, z1, z2), quick) for name, loss in losses.items()}
-            rows.append(([batch, 128, str(dtype).removeprefix("torch.")], seconds))
+            rows.append(([batch, 128, name_of(dtype)], seconds))
     print_table("NT-Xent, forward and backward", ["batch", "dim", "dtype"], rows)
 
 
-def simclr_augmentation(device: str, quick: bool) -> None:
+def augment(device: str, quick: bool) -> None:
     rows = []
     for size, source, count in ((32, 32, 8),) if quick else ((32, 32, 512), (96, 96, 256), (224, 256, 128)):
         images = torch.randint(0, 256, (count, 3, source, source), dtype=torch.uint8, device=device)
@@ -68,6 +75,114 @@ def simclr_augmentation(device: str, quick: bool) -> None:
     print_table("SimCLR's augmentation, two views", ["size", "images"], rows)
 
 
+def pair_of_vectors(batch: int, dim: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    return [F.normalize(torch.randn(batch, dim, device=device)).to(dtype).requires_grad_() for _ in range(2)]
+
+
+def similarity_lse(device: str, quick: bool) -> None:
+    def moco(query: torch.Tensor, own: torch.Tensor, queue: torch.Tensor) -> torch.Tensor:
+        return F.softplus(ops.similarity_lse(query, queue, 10.0) - 10.0 * (query * own).sum(1)).mean()
+
+    rows = []
+    for queue_size in (64,) if quick else (4096, 65536):
+        for dtype in (torch.float32, torch.bfloat16):
+            vectors = pair_of_vectors(256, 128, dtype, device)
+            queue = F.normalize(torch.randn(queue_size, 128, device=device)).to(dtype)
+            losses = {"sslfast": partial(moco, queue=queue), "F.cross_entropy": partial(peers.moco, queue=queue)}
+            seconds = {n: median(partial(loss_and_gradients, f, *vectors), quick) for n, f in losses.items()}
+            rows.append(([256, queue_size, 128, name_of(dtype)], seconds))
+    print_table("MoCo's loss, forward and backward", ["batch", "queue", "dim", "dtype"], rows)
+    scale = torch.tensor(10.0, device=device, requires_grad=True)
+    clip = ClipLoss()
+    image_text_loss("CLIP's loss", partial(clip, logit_scale=scale), peers.clip(), device, quick)
+
+
+def sigmoid_loss(device: str, quick: bool) -> None:
+    scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (10.0, -10.0))
+    siglip = SigLipLoss()
+    ours = partial(siglip, logit_scale=scale, logit_bias=bias)
+    image_text_loss("SigLIP's loss", ours, peers.siglip(), device, quick)
+
+
+def image_text_loss(title: str, ours: Callable, open_clip: Callable, device: str, quick: bool) -> None:
+    rows = []
+    for batch in (16,) if quick else (1024, 4096, 16384):
+        for dtype in (torch.float32, torch.bfloat16):
+            vectors = pair_of_vectors(batch, 512, dtype, device)
+            losses = {"sslfast": ours, "open_clip": open_clip}
+            seconds = {n: median(partial(loss_and_gradients, f, *vectors), quick) for n, f in losses.items()}
+            rows.append(([batch, 512, name_of(dtype)], seconds))
+    print_table(f"{title}, forward and backward", ["batch", "dim", "dtype"], rows)
+
+
+def diffusion(device: str, quick: bool) -> None:
+    rows = []
+    for size in (8,) if quick else (32, 64):
+        for case, functions in diffusion_cases(size, device).items():
+            rows.append(([case, f"64×3×{size}×{size}"], {name: median(f, quick) for name, f in functions.items()}))
+    print_table("Diffusion; the peer of the loss is F.mse_loss", ["case", "images"], rows)
+
+
+def diffusion_cases(size: int, device: str) -> dict[str, dict[str, Callable]]:
+    x, out, target = torch.randn(3, 64, 3, size, size, device=device)
+    prediction = out.clone().requires_grad_()
+    alphas = diffusers.DDPMScheduler().alphas_cumprod.to(device)
+    seeds, t = torch.arange(64, device=device), torch.arange(64, device=device) * 10
+    steps = {}
+    for name, library, options in (("sslfast", schedulers, {"seeds": seeds}), ("diffusers", diffusers, {})):
+        scheduler = library.DDPMScheduler()
+        scheduler.set_timesteps(50, device=device)
+        steps[name] = partial(scheduler.step, out, scheduler.timesteps[25], x, **options)
+    add_noise = diffusers.DDPMScheduler().add_noise
+
+    def with_gradient(loss: Callable) -> tuple:
+        return torch.autograd.grad(loss(prediction, target), prediction)
+
+    return {
+        "DDPM step": steps,
+        "q_sample": {
+            "sslfast": partial(ops.q_sample, x, t, alphas),
+            "diffusers": lambda: add_noise(x, torch.randn_like(x), t),
+        },
+        "loss and gradient": {
+            "sslfast": partial(with_gradient, lambda a, b: ops.diffusion_loss(a, b, t, alphas)),
+            "diffusers": partial(with_gradient, F.mse_loss),
+        },
+    }
+
+
+def group_norm_silu(device: str, quick: bool) -> None:
+    def step(function: Callable, leaves: list, grad: torch.Tensor) -> tuple:
+        return torch.autograd.grad(function(leaves[0], 32, *leaves[1:]), leaves, grad)
+
+    functions = {"sslfast": ops.group_norm_silu, "PyTorch": lambda *args: F.silu(F.group_norm(*args))}
+    rows = []
+    for samples, channels, size in ((2, 32, 4),) if quick else ((64, 64, 32), (64, 256, 8), (16, 128, 64)):
+        for dtype in (torch.float32, torch.bfloat16):
+            for layout in (torch.contiguous_format, torch.channels_last):
+                x, grad = torch.randn(2, samples, channels, size, size, device=device).to(dtype)
+                weight, bias = torch.randn(2, channels, device=device).to(dtype)
+                x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
+                leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+                seconds = {name: median(partial(step, f, leaves, grad), quick) for name, f in functions.items()}
+                rows.append(([f"{samples}×{channels}×{size}×{size}", name_of(dtype), name_of(layout)], seconds))
+    print_table("Group normalisation + SiLU, forward and backward", ["shape", "dtype", "layout"], rows)
+
+
+def rotate4(device: str, quick: bool) -> None:
+    functions = {"sslfast": ops.rotate4, "torch.rot90": peers.rotate4_rot90}
+    rows = []
+    for size in (8,) if quick else (32, 64, 128):
+        for dtype in (torch.uint8, torch.float32):
+            images = torch.randint(0, 256, (64, 3, size, size), device=device).to(dtype)
+            seconds = {name: median(partial(f, images), quick) for name, f in functions.items()}
+            rows.append(([f"64×3×{size}×{size}", name_of(dtype)], seconds))
+    print_table("Four rotations", ["images", "dtype"], rows)
+
+
+OPS = (info_nce, augment, similarity_lse, sigmoid_loss, diffusion, group_norm_silu, rotate4)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
@@ -75,5 +190,5 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.device == "cuda":
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    nt_xent(arguments.device, arguments.quick)
-    simclr_augmentation(arguments.device, arguments.quick)
+    for op in OPS:
+        op(arguments.device, arguments.quick)

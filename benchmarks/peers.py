@@ -35,7 +35,7 @@ def nt_xent_compiled() -> Callable[[Tensor, Tensor], Tensor]:
 
 def moco(query: Tensor, own: Tensor, queue: Tensor) -> Tensor:
     logits = torch.cat([(query * own).sum(1, keepdim=True), query @ queue.T], dim=1)
-    return F.cross_entropy(logits * 10.0, torch.zeros(len(query), dtype=torch.int64))
+    return F.cross_entropy(logits * 10.0, torch.zeros(len(query), dtype=torch.int64, device=query.device))
 
 
 def info_nce() -> Callable[[Tensor, Tensor, Tensor], Tensor]:

@@ -76,15 +76,33 @@ def check_augment(device: str) -> Iterator[Comparison]:
 
 def check_similarity_lse(device: str) -> Iterator[Comparison]:
     for dtype, allowed in ((torch.float32, 3e-5), (torch.bfloat16, 6e-3), (torch.float16, 1e-3)):
-        for rows, keys, dim in ((5, 3, 7), (70, 150, 40), (130, 64, 128)):
+        for rows, keys, dim, columns in (
+            (5, 3, 7, False),
+            (70, 150, 40, True),
+            (130, 64, 128, False),
+            (90, 0, 300, False),
+        ):
             generator = torch.Generator().manual_seed(rows)
             q, k = (torch.randn(n, dim, generator=generator).to(dtype) for n in (rows, keys))
-            ours = [x.to(device).requires_grad_() for x in (q, k)]
-            true = [x.double().requires_grad_() for x in (q, k)]
-            lse = similarity_lse(ours[0], ours[1], 0.3)
-            expected, _ = reference.similarity_lse.similarity_lse(true[0], true[1], 0.3)
-            yield Comparison(f"value, {_name(dtype)}", lse, expected, 2e-6)
-            grads = torch.autograd.grad(lse.sum(), ours), torch.autograd.grad(expected.sum(), true)
+            exclude = torch.randint(-1, keys or rows, (rows, 2), generator=generator)
+            bias = torch.randn(keys or rows, generator=generator)
+            vectors = [q, k] if keys else [q]
+            ours = [x.to(device).requires_grad_() for x in vectors]
+            true = [x.double().requires_grad_() for x in vectors]
+            left_out, weights = exclude.to(device), bias.to(device)
+            both: tuple[Tensor, ...]
+            if columns:
+                both = similarity_lse(ours[0], ours[1], 0.3, exclude=left_out, key_bias=weights, columns=True)
+            else:
+                others = ours[1] if keys else None
+                both = (similarity_lse(ours[0], others, 0.3, exclude=left_out, key_bias=weights),)
+            true_inputs = true[0], true[1] if keys else None, 0.3, exclude, bias.double(), columns
+            right = [t for t in reference.similarity_lse.similarity_lse(*true_inputs) if t is not None]
+            pairs = list(zip(both, right, strict=True))
+            for actual, expected in pairs:
+                yield Comparison(f"value, {_name(dtype)}", actual, expected, 2e-6)
+            sums = [sum(t.sum() for t in side) for side in zip(*pairs, strict=True)]
+            grads = torch.autograd.grad(sums[0], ours), torch.autograd.grad(sums[1], true)
             for grad, expected_grad in zip(*grads, strict=True):
                 yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, allowed)
 
@@ -110,6 +128,14 @@ def check_rotate4(device: str) -> Iterator[Comparison]:
             images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(shape[2])).to(dtype)
             for actual, expected in zip(rotate4(images.to(device)), reference.rotate4.rotate4(images), strict=True):
                 yield Comparison(_name(dtype), actual, expected, 0.0)
+            if dtype.is_floating_point:
+                ours, true = images.to(device).requires_grad_(), images.double().requires_grad_()
+                weights = (
+                    torch.arange(4 * images.numel()).remainder(61).view(-1, *shape[1:]).to(dtype)
+                )  # sums are exact
+                grad = torch.autograd.grad(rotate4(ours)[0], ours, weights.to(device))[0]
+                expected_grad = torch.autograd.grad(reference.rotate4.rotate4(true)[0], true, weights.double())[0]
+                yield Comparison(f"gradient, {_name(dtype)}", grad, expected_grad, 0.0)
 
 
 def check_diffusion(device: str) -> Iterator[Comparison]:
@@ -119,7 +145,9 @@ def check_diffusion(device: str) -> Iterator[Comparison]:
         for shape in ((3, 3, 32, 32), (5, 1, 27, 29)):
             model, x, old = torch.randn(3, *shape, generator=torch.Generator().manual_seed(shape[2])).to(dtype)
             seeds, t = torch.arange(shape[0]), torch.arange(shape[0]) * 9
-            noise = diffusion.diffusion_noise(seeds.to(device), shape[1:], step=17).cpu().double()
+            noise = reference.diffusion.diffusion_noise(seeds, model[0].numel(), step=17).view(shape)
+            drawn = diffusion.diffusion_noise(seeds.to(device), shape[1:], step=17, dtype=dtype)
+            yield Comparison(f"noise, {_name(dtype)}", drawn, noise, allowed)
             ours = [a.to(device) for a in (model, x, coefficients, old, seeds, t, alphas)]
             step = diffusion.diffusion_step(*ours[:3], clip=1.5, history=[ours[3]], seeds=ours[4])
             wide = (model.double(), x.double(), coefficients, 1.5, None, [old.double()], noise, "fixed")

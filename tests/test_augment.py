@@ -336,7 +336,7 @@ def test_memory_of_an_output_is_reused_only_when_nobody_holds_it():
 
 
 # The three ways of csrc/ops/cuda/augment_kernel.cu: size and kernel size; sigmas are drawn from 0.1 … 2, or large.
-WAYS = {"whole": ((40, 44), 9, 1), "tiles": ((70, 131), 23, 1), "scratch": ((75, 90), 71, 12)}
+WAYS = {"whole": ((40, 44), 9, 1), "tiles": ((70, 131), 23, 1), "scratch": ((130, 132), 101, 12)}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -355,8 +355,23 @@ def test_cuda_gives_the_pixels_of_the_cpu_in_any_order_of_threads(emulator, monk
         emulator.set_order(order)
         views.append(make())
     assert all(torch.equal(view, views[0]) for view in views)
+    counts = emulator.counters()
+    assert ("augment_grey" in counts) == (way != "whole")
+    assert (counts["augment_forward"]["read_bytes"] > 30 * views[0].nbytes) == (way == "scratch")
     monkeypatch.undo()
     assert (views[0] - make()).abs().max() <= 1e-5
+
+
+@cuda_emulation.on_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("way", ["tiles", "scratch"])
+def test_every_way_rounds_to_the_output_dtype(backend, way, channels, dtype):
+    size, kernel_size, wider = WAYS[way]
+    images = photos(1, 50, 60, channels)
+    params = neutral(1, 50, 60, crop=[5, 3, 40, 50], contrast=0.6, sigma=1.5 * wider)
+    expected = augment(images, params, size, kernel_size=kernel_size)
+    assert torch.equal(augment(images, params, size, kernel_size=kernel_size, dtype=dtype), expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

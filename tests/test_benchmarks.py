@@ -42,6 +42,10 @@ def test_times_of_a_device_are_printed():
     printed = run("benchmarks/cuda_times.py", "--device", "cpu", "--quick")
     assert "| batch | dim | dtype | sslfast | lightly | F.cross_entropy |" in printed
     assert "| size | images | sslfast | kornia |" in printed
+    source = (ROOT / "benchmarks/cuda_times.py").read_text()
+    assert all(f"\ndef {path.stem}(" in source for path in (ROOT / "csrc/ops").glob("*.h"))
+    for title in ("MoCo's loss", "CLIP's loss", "SigLIP's loss", "Diffusion", "Group normalisation", "Four rotations"):
+        assert title in printed
 
 
 def test_a_case_where_ours_loses_is_marked(tmp_path):

@@ -99,11 +99,12 @@ def test_noise_of_a_sample_depends_on_its_seed_alone(backend):
     assert not torch.equal(diffusion_noise(seeds, (3, 19, 23), step=4), together)
 
 
+@pytest.mark.parametrize("count", [99, 100])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_noise_in_other_types_is_rounded(backend, dtype):
+def test_noise_in_other_types_is_rounded(backend, dtype, count):
     seeds = torch.arange(3)
-    expected = diffusion_noise(seeds, (100,)).to(dtype)
-    assert torch.equal(diffusion_noise(seeds, (100,), dtype=dtype), expected)
+    expected = diffusion_noise(seeds, (count,)).to(dtype)
+    assert torch.equal(diffusion_noise(seeds, (count,), dtype=dtype), expected)
 
 
 # ------------------------------------------------------------------------------------------------------ step
@@ -353,6 +354,37 @@ def test_opcheck(dtype):
     check(ops.diffusion_loss_forward, (x, model, t, ALPHAS, "epsilon", 5.0))
     check(ops.diffusion_loss_backward, (torch.ones(2), x.detach(), model.detach(), t, ALPHAS, "epsilon", 5.0))
     check(ops.diffusion_noise, (seeds, [3, 5], 1, dtype))
+
+
+def test_more_elements_than_fit_an_int(emulator):
+    """Of the blocks at the ends of the grids: the last 1,536 elements of the last sample; of the loss all of it."""
+    samples, elements, part = 2200, 1_000_000, 1536
+    model, x = (emulator.device_tensor([samples, elements], torch.bfloat16) for _ in range(2))  # zeros: they are large
+    assert x.numel() > 2**31
+    last = [t[-1:] for t in (model, x)]
+    for t, values in zip(last, tensors((1, elements), torch.bfloat16, 2), strict=True):
+        t.copy_(values)
+    seeds, t = torch.arange(samples), torch.arange(samples) % 1000
+    small_noise = emulator.diffusion_noise(seeds[-1:], [elements], 0, torch.float32).double()
+    emulator.run_corners(set())
+
+    def check(actual, expected):
+        assert_near(actual[-1, -part:], expected[-1, -part:], TOLERANCE[torch.bfloat16])
+
+    check(emulator.diffusion_noise(seeds, [elements], 0, torch.bfloat16), small_noise)
+    c = coefficients(noise_step=0)
+    step = emulator.diffusion_step(model, x, c, 1.0, None, [], None, seeds, "fixed")
+    wide = [a.double() for a in last]
+    for actual, right in zip(
+        step, reference.diffusion.diffusion_step(*wide, c, 1.0, None, [], small_noise, "fixed"), strict=True
+    ):
+        check(actual, right)
+    noisy = emulator.diffusion_q_sample(x, t, ALPHAS, "epsilon", None, seeds, 0)
+    check(noisy[0], reference.diffusion.q_sample(wide[1], t[-1:], ALPHAS, small_noise, "epsilon")[0])
+    loss = emulator.diffusion_loss_forward(model, x, t, ALPHAS, "epsilon", None)
+    assert_near(loss[-1], (wide[0] - wide[1]).square().mean(), 1e-5)
+    grad, _ = emulator.diffusion_loss_backward(torch.ones(samples), model, x, t, ALPHAS, "epsilon", None)
+    check(grad, 2 * (wide[0] - wide[1]) / elements)
 
 
 @pytest.mark.slow

@@ -261,3 +261,18 @@ def test_bad_arguments(name):
     args, kwargs, error, message = BAD_CALLS[name]
     with pytest.raises(error, match=message):
         group_norm_silu(*args, **kwargs)
+
+
+def test_more_elements_than_fit_an_int(emulator):
+    """Of the blocks at the ends of the grid: the last group of the last sample."""
+    shape = (70_000, 32, 32, 32)
+    x, grad = (emulator.device_tensor(shape, torch.float16) for _ in range(2))  # zeros: they are that large
+    assert x.numel() > 2**31
+    emulator.run_corners(set())
+    small_x, _, _, small_grad = inputs((1, 1, 32, 32), torch.float16)
+    x[-1, -1], grad[-1, -1] = small_x[0, 0], small_grad[0, 0]
+    out, mean, rstd = emulator.group_norm_silu_forward(x, 32, None, None, 1e-5)
+    grad_x, _, _ = emulator.group_norm_silu_backward(grad, x, 32, None, None, mean, rstd)
+    expected = float64_reference(small_x, 1, None, None, small_grad)
+    assert_near(out[-1, -1], expected[0][0, 0], FORWARD[torch.float16])
+    assert_near(grad_x[-1, -1], expected[1][0, 0], BACKWARD[torch.float16])

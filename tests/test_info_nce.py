@@ -457,16 +457,17 @@ def test_same_bits_in_any_order_of_threads(emulator, dtype, temperature):
 
 
 @cuda_emulation.on_cuda
-def test_tf32_is_an_option(backend):
+@pytest.mark.parametrize(("dim", "temperature"), [(64, 0.2), (10, 0.025)])  # at 1/0.025: rows follow their own maximum
+def test_tf32_is_an_option(backend, dim, temperature):
     """Without it float32 products are three tf32 products."""
-    z1, z2 = views(40, 64, torch.float32)
-    expected = float64_reference(z1, z2, 0.2)
+    z1, z2 = views(40, dim, torch.float32)
+    expected = float64_reference(z1, z2, temperature)
     errors = {}
     before = torch.backends.cuda.matmul.allow_tf32
     try:
         for allowed in (False, True):
             torch.backends.cuda.matmul.allow_tf32 = allowed
-            results = loss_and_grads(nt_xent, z1, z2, 0.2)
+            results = loss_and_grads(nt_xent, z1, z2, temperature)
             errors[allowed] = [relative_error(a, e) for a, e in zip(results, expected, strict=True)]
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sslfast import selftest
+
 ROOT = Path(__file__).resolve().parent.parent
 OPS = sorted(path.stem for path in (ROOT / "csrc/ops").glob("*.h"))
 
@@ -51,6 +53,11 @@ def test_there_are_ops():
 @pytest.mark.parametrize("op", OPS)
 def test_op_is_in_its_eight_places(op, place):
     assert (ROOT / place.format(op=op)).is_file()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_selftest_checks_the_op(op):
+    assert op in selftest.CHECKS
 
 
 @pytest.mark.parametrize(

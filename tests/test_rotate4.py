@@ -194,3 +194,25 @@ def test_the_same_on_any_number_of_threads():
     torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name)
+def test_more_elements_than_fit_an_int(emulator, memory_format):
+    """Of the blocks at the ends of the grid: the last tile of the last image, 8 by 8 pixels."""
+    n, size = 180, 1000
+    corners = {0: (-8, -8), 1: (0, -8), 2: (0, 0), 3: (-8, 0)}  # where rotations bring it
+    x, g = (emulator.device_tensor([m, 3, size, size], torch.float16) for m in (n, 4 * n))  # zeros: they are that large
+    if memory_format == torch.channels_last:
+        x, g = (t.view(-1, size, size, 3).movedim(-1, 1) for t in (x, g))
+    assert g.numel() > 2**31
+    emulator.run_corners(set())
+    tile = images((3, 8, 8), torch.float16)
+    x[-1, :, -8:, -8:] = tile
+    y, _ = emulator.rotate4_forward(x)
+    for k, (i, j) in corners.items():
+        found = y[k * n + n - 1, :, i % size : i % size + 8, j % size : j % size + 8]
+        last = slice(2, 3) if memory_format == torch.contiguous_format else slice(3)  # planes of the last block
+        assert torch.equal(found[last], tile.rot90(k, (1, 2))[last]), k
+        g[k * n + n - 1, :, i % size : i % size + 8, j % size : j % size + 8] = (k + 1) * tile.rot90(k, (1, 2))
+    dx = emulator.rotate4_backward(g)
+    torch.testing.assert_close(dx[-1, last, -8:, -8:], 10 * tile[last])

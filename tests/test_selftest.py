@@ -18,7 +18,7 @@ def test_all_kernels_are_right(capsys):
 @pytest.mark.parametrize("op", list(selftest.CHECKS))
 @pytest.mark.parametrize("fault", ["off by one", "nan", "raises"])
 def test_a_wrong_kernel_is_named(op, fault, monkeypatch, capsys):
-    name = "diffusion_loss_forward" if op == "diffusion" else f"{op}_forward"
+    name = {"diffusion": "diffusion_loss_forward", "info_nce": "nt_xent"}.get(op, f"{op}_forward")
     kernel = getattr(_C, name)
 
     def broken(*args):

@@ -265,3 +265,21 @@ def test_same_bits_in_any_order_of_threads(emulator):
         found.append(results(sigmoid_loss, queries, keys, 3.0, -2.0, 70))
     for result in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], result, strict=True))
+
+
+@cuda_emulation.on_cuda
+def test_tf32_is_an_option(backend):
+    """Without it float32 products are three tf32 products."""
+    queries, keys = vectors(70, 40, torch.float32), vectors(150, 40, torch.float32, 1)
+    expected = results(reference.sigmoid_loss.sigmoid_loss, queries.double(), keys.double(), 3.0, -2.0, 60)
+    errors = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            actual = results(sigmoid_loss, queries, keys, 3.0, -2.0, 60)
+            errors[allowed] = [((a - e).norm() / e.norm()).item() for a, e in zip(actual, expected, strict=True)]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert max(errors[False]) < 5e-6
+    assert 1e-5 < max(errors[True]) < 2e-3

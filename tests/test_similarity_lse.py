@@ -350,3 +350,40 @@ def test_same_bits_in_any_order_of_threads(emulator, mode):
         found.append(results(similarity_lse, queries, keys, 3.0, mode, **options))
     for result in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], result, strict=True))
+
+
+@cuda_emulation.on_cuda
+@pytest.mark.parametrize("mode", MODES)
+def test_tf32_is_an_option(backend, mode):
+    """Without it float32 products are three tf32 products."""
+    queries, keys, options = problem((70, 150, 40), torch.float32, mode, 2, bias=True)
+    double = (queries.double(), None if keys is None else keys.double())
+    expected = results(reference.similarity_lse.similarity_lse, *double, 3.0, mode, **options)
+    errors = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed in (False, True):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            actual = results(similarity_lse, queries, keys, 3.0, mode, **options)
+            pairs = [(a[e.isfinite()], e[e.isfinite()]) for a, e in zip(actual, expected, strict=True)]
+            errors[allowed] = [((a - e).norm() / e.norm()).item() for a, e in pairs]
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert max(errors[False]) < 5e-6
+    assert 1e-5 < max(errors[True]) < 2e-3
+
+
+def test_more_elements_than_fit_an_int(emulator):
+    """The blocks at the corners of each grid: the last 8 rows, and of their sums the first and the last columns."""
+    rows, dim = 2**20, 2100
+    queries = emulator.device_tensor([rows, dim], torch.bfloat16)  # zeros: it is that large
+    queries[-8:], keys = vectors(8, dim, torch.bfloat16), vectors(8, dim, torch.bfloat16, 1)
+    assert queries.numel() > 2**31
+    emulator.run_corners(set())
+    lse, _, key_sum = emulator.similarity_lse_forward(queries, keys, torch.tensor([2.0]), None, None, False, True)
+    logits = 2.0 * queries[-8:].double() @ keys.double().T
+    torch.testing.assert_close(lse[-8:], logits.logsumexp(1), rtol=1e-6, atol=0)
+    expected = logits.softmax(1) @ keys.double()
+    for columns in (slice(256), slice(2048, dim)):
+        found, right = key_sum[-8:, columns].double(), expected[:, columns]
+        assert (found - right).norm() <= 6e-3 * right.norm()

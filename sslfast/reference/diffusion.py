@@ -1,5 +1,6 @@
 """`diffusion` in plain PyTorch: the truth in tests, the documentation, and what runs on devices without a kernel."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,29 @@ class Coefficients(NamedTuple):
     log_variance_min: Tensor
     log_variance_max: Tensor
     noise_step: Tensor
+
+
+def diffusion_noise(seeds: Tensor, elements: int, step: int = 0) -> Tensor:
+    """(samples, elements) float64: the numbers of csrc/common/normal.h, of words from csrc/common/philox.h."""
+    groups, low = -(-elements // 64), 2**32 - 1
+    c1 = c0 = torch.zeros(len(seeds), 16 * groups, dtype=torch.int64, device=seeds.device)
+    c2, c3 = c0 + step, (2 << 24) + torch.arange(16 * groups, device=seeds.device).expand_as(c0)
+    key0, key1 = seeds[:, None] & low, seeds[:, None] >> 32 & low
+    for _ in range(10):
+        product0, product1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (
+            product1 >> 32 & low ^ c1 ^ key0,
+            product1 & low,
+            product0 >> 32 & low ^ c3 ^ key1,
+            product0 & low,
+        )
+        key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
+    numbers = []
+    for radius, angle in ((c0, c1), (c2, c3)):
+        length = (-2 * (((radius >> 1).float() + 0.5).double() / 2**31).log()).sqrt()
+        turn = 2 * math.pi / 2**32 * angle.double()
+        numbers += [length * turn.cos(), length * turn.sin()]
+    return torch.stack([n.view(-1, groups, 16) for n in numbers], dim=2).flatten(1)[:, :elements]
 
 
 def diffusion_step(model_output, sample, coefficients, clip, threshold, history, noise, variance):
