@@ -36,6 +36,10 @@ def world_size(group: Group = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+class UnevenError(ValueError):
+    """Ranks brought rows of different shapes; raised on all of them."""
+
+
 def all_gather(tensor: Tensor, group: Group = None, check: bool = True) -> Tensor:
     """Return the rows of all ranks, (n, …) -> (world·n, …) in the order of ranks; the gradient goes back to the owner.
 
@@ -50,7 +54,7 @@ def all_gather(tensor: Tensor, group: Group = None, check: bool = True) -> Tenso
 
 
 def check_same_shape(tensor: Tensor, group: Group = None) -> None:
-    """Raise ValueError on all ranks unless `tensor` has one shape on all of them (at most 7 dimensions)."""
+    """Raise UnevenError on all ranks unless `tensor` has one shape on all of them (at most 7 dimensions)."""
     own = torch.zeros(8, dtype=torch.int64)
     own[: tensor.dim() + 1] = torch.tensor([tensor.dim(), *tensor.shape])
     own = own.to(tensor.device)
@@ -59,7 +63,7 @@ def check_same_shape(tensor: Tensor, group: Group = None) -> None:
     found = [tuple(row[1 : row[0] + 1]) for row in shapes.view(-1, 8).tolist()]
     if len(set(found)) > 1:
         listing = ", ".join(f"{shape} on rank {number}" for number, shape in enumerate(found))
-        raise ValueError(f"expected rows of one shape on all ranks, got {listing}: drop the uneven last batch")
+        raise UnevenError(f"expected rows of one shape on all ranks, got {listing}: drop the uneven last batch")
 
 
 def nt_xent(

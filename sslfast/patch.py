@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast import losses, schedulers
+from sslfast import distributed, losses, schedulers
 
 log = logging.getLogger("sslfast")
 
@@ -106,6 +106,8 @@ def _exchange(place: str, fast: Callable) -> Callable[[], None]:
             if isinstance(owner, type) and not _computes_like(type(args[0]), owner, name):
                 raise Unsupported("a subclass that changes how it computes")
             return fast(*args, **kwargs)
+        except distributed.UnevenError:
+            raise  # on all ranks: a rank that went on would wait for the others
         except (Unsupported, NotImplementedError, TypeError, ValueError) as reason:
             _say_once(f"{called} runs as before: {reason}")
         return original(*args, **kwargs)
@@ -141,7 +143,14 @@ def _computes_like(kind: type, base: type, method: str) -> bool:
     return all(getattr(kind, name) is getattr(base, name) for name in names)
 
 
+def _check_even(rows: Tensor, gathered: bool) -> None:
+    """Raise on all ranks, before one of them alone finds fault with its rows and leaves the others waiting."""
+    if gathered and distributed.world_size() > 1 and isinstance(rows, Tensor):
+        distributed.check_same_shape(rows)
+
+
 def _lightly_nt_xent(loss, out0: Tensor, out1: Tensor) -> Tensor:
+    _check_even(out0, loss.gather_distributed)
     if loss.memory_bank.size[0] == 0:
         return losses.NTXentLoss(loss.temperature, 0, loss.gather_distributed)(out0, out1)
     info_nce = losses.InfoNCE(loss.temperature)
@@ -150,10 +159,12 @@ def _lightly_nt_xent(loss, out0: Tensor, out1: Tensor) -> Tensor:
 
 
 def _lightly_dcl(loss, out0: Tensor, out1: Tensor) -> Tensor:
+    _check_even(out0, loss.gather_distributed)
     return losses.DCLLoss(loss.temperature, loss.weight_fn, loss.gather_distributed)(out0, out1)
 
 
-def _open_clip_clip(loss, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+def _open_clip_clip(loss, image_features: Tensor, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+    _check_even(image_features, loss.world_size > 1)
     faster = losses.ClipLoss(
         local_loss=loss.local_loss,
         gather_with_grad=loss.gather_with_grad,
@@ -161,12 +172,13 @@ def _open_clip_clip(loss, *args, **kwargs) -> Tensor | dict[str, Tensor]:
         world_size=loss.world_size,
         use_horovod=loss.use_horovod,
     )
-    return faster(*args, **kwargs)
+    return faster(image_features, *args, **kwargs)
 
 
-def _open_clip_siglip(loss, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+def _open_clip_siglip(loss, image_features: Tensor, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+    _check_even(image_features, loss.world_size > 1)
     faster = losses.SigLipLoss(rank=loss.rank, world_size=loss.world_size, dist_impl=loss.dist_impl)
-    return faster(*args, **kwargs)
+    return faster(image_features, *args, **kwargs)
 
 
 def _metric_learning_sup_con(loss, *args, **kwargs) -> Tensor:

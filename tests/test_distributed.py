@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sslfast
 from sslfast import _C, distributed, losses, reference
 from sslfast.training import UserError, micro_batch
 from sslfast.training import distributed as training
@@ -227,6 +228,26 @@ def check_an_uneven_batch_raises_on_all_ranks():
     for call in calls:
         with pytest.raises(ValueError, match=r"one shape on all ranks, got \([48], 8\) on rank 0.*\([36], 8\) on rank"):
             call()
+
+
+def check_a_patched_library_raises_on_all_ranks_too():
+    """Instead of running as before on the rank that finds the fault, which may be one alone."""
+    me, world = distributed.rank(), distributed.world_size()
+    if world == 1:
+        return
+    with sslfast.patch("lightly"), sslfast.patch("open_clip"):
+        ranks_of = {"rank": me, "world_size": world}
+        criteria = [
+            lightly.loss.NTXentLoss(gather_distributed=True),
+            lightly.loss.DCLLoss(gather_distributed=True),
+            lambda x, y: open_clip.loss.ClipLoss(**ranks_of)(image_features=x, text_features=y, logit_scale=1.0),
+            lambda x, y: open_clip.loss.SigLipLoss(**ranks_of)(x, y, 1.0, 0.0),
+        ]
+        for rows_of_the_last in (3, 0):
+            x = torch.randn(rows_of_the_last if me == world - 1 else 4, DIM)
+            for criterion in criteria:
+                with pytest.raises(distributed.UnevenError, match=r"one shape on all ranks, got \(4, 8\) on rank 0"):
+                    criterion(x, x + 1)
 
 
 def check_batchnorm_of_all_ranks():

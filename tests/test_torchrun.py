@@ -14,7 +14,7 @@ import ranks
 import torch
 
 from sslfast.methods.simclr import SimCLR, main, train
-from sslfast.training import UserError, checkpoint, loop
+from sslfast.training import UserError, checkpoint, distributed, loop
 
 SETTINGS = {
     "data": "digits",
@@ -141,6 +141,39 @@ def test_torchrun_restarts_from_the_last_checkpoint_when_a_rank_is_killed(two_ra
     assert re.search(r"continuing .* at step \d+ of 22", said), said
     assert said.count(f"trained: {run}") == 1, "only the main rank speaks"
     assert_same_results(run, two_ranks)
+
+
+def fall_silent(rank: int, world: int, port: int, folder: Path) -> None:
+    """The last rank stops to take part; the others write down what they are told."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["SSLFAST_RANK_TIMEOUT"] = "4"
+    try:
+        with distributed.session():
+            distributed.any_rank(False)
+            if rank == world - 1:
+                time.sleep(60)
+            distributed.any_rank(False)
+    except UserError as error:
+        (folder / str(rank)).write_text(str(error))
+
+
+def test_a_silent_rank_ends_the_others_within_the_timeout(tmp_path):
+    processes = ranks.start(fall_silent, 2, tmp_path)
+    try:
+        processes[0].join(40)
+        assert processes[0].exitcode == 0
+        assert processes[1].is_alive()
+    finally:
+        ranks.join(processes, seconds=0)
+    said = (tmp_path / "0").read_text()
+    assert "rank 0 lost the other ranks: one of them died, or said nothing for 4 seconds" in said
+
+
+@pytest.mark.parametrize("wanted", ["soon", "0", "inf", "nan"])
+def test_a_timeout_is_a_positive_number(monkeypatch, wanted):
+    monkeypatch.setenv("SSLFAST_RANK_TIMEOUT", wanted)
+    with pytest.raises(UserError, match=f"SSLFAST_RANK_TIMEOUT: expected a positive number of seconds, got '{wanted}'"):
+        distributed.rank_timeout()
 
 
 def test_restarts_need_a_folder(monkeypatch):

@@ -30,17 +30,30 @@ T = TypeVar("T")
 _LOST = ("gloo", "connection closed", "connection reset", "timed out", "timeout", "nccl", "broken pipe")
 
 
+def rank_timeout() -> float:
+    """Return the seconds that a rank waits for another: the environment variable SSLFAST_RANK_TIMEOUT, or 600."""
+    wanted = os.environ.get("SSLFAST_RANK_TIMEOUT", "600")
+    try:
+        seconds = float(wanted)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"SSLFAST_RANK_TIMEOUT: expected a positive number of seconds, got {wanted!r}")
+    return seconds
+
+
 @contextlib.contextmanager
-def session(timeout: float = 600.0) -> Iterator[None]:
+def session(timeout: float | None = None) -> Iterator[None]:
     """Join the process group that torchrun's environment describes, within the block; without torchrun, do nothing.
 
-    CPU tensors travel by gloo, those on a GPU by NCCL. `timeout`: seconds that a rank waits for another. When one dies
-    or is silent for so long, the others raise UserError.
+    CPU tensors travel by gloo, those on a GPU by NCCL. `timeout`: seconds that a rank waits for another, by default
+    rank_timeout(). When one dies or is silent for so long, the others raise UserError.
     """
     if dist.is_initialized() or not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         yield
         return
     me = os.environ["RANK"]
+    timeout = rank_timeout() if timeout is None else timeout
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
