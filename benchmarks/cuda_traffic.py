@@ -2,7 +2,9 @@
 
     python benchmarks/cuda_traffic.py info_nce [batch] [dim]
     python benchmarks/cuda_traffic.py augment [images] [size of the view]
-    python benchmarks/cuda_traffic.py others
+    python benchmarks/cuda_traffic.py similarity_lse|sigmoid_loss [rows] [keys] [dim]
+    python benchmarks/cuda_traffic.py diffusion|rotate4 [samples] [size]
+    python benchmarks/cuda_traffic.py group_norm_silu [samples] [channels] [size]
 
 A count, not a measurement: it says nothing about time. Bytes are those that the threads ask for, before any cache; of
 PyTorch, all inputs and outputs of every operation that is not a view.
@@ -126,8 +128,12 @@ def augment(count: int = 16, size: int = 224) -> None:
             )
 
 
+HEADER = "\n| case | kernels | read, MiB | written, MiB | least, MiB | ratio | GFLOP | eager, MiB | operations |"
+RULER = "|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+
+
 def count_case(name: str, least: int, ours: Callable[[], object], eager: Callable[[], object]) -> None:
-    """A line of `others`; least: bytes if each input is read and each result written once."""
+    """A line of a table; least: bytes if each input of each call is read once and each result written once."""
     emulator = cuda_emulation.load()
     emulator.reset_counters()
     ours()
@@ -142,106 +148,115 @@ def count_case(name: str, least: int, ours: Callable[[], object], eager: Callabl
     )
 
 
-def others() -> None:
-    """The ops beside info_nce and augment, at sizes that the emulator takes seconds for."""
+def similarity_lse(rows: int = 256, keys: int = 4096, dim: int = 128) -> None:
+    emulator = cuda_emulation.load()
+    q, k = (F.normalize(torch.randn(n, dim)).bfloat16() for n in (rows, keys))
+    leaves = q.clone().requires_grad_(), k.clone().requires_grad_()
+    scale = torch.tensor([10.0])
+
+    def by_rows_with_fixed_keys():
+        emulator.similarity_lse_forward(q, k, scale, None, None, False, True)
+
+    def both_ways():
+        lse, columns, _ = emulator.similarity_lse_forward(q, k, scale, None, None, True, False)
+        emulator.similarity_lse_backward(
+            q, k, scale, lse, torch.ones_like(lse), None, None, columns, torch.ones_like(columns)
+        )
+
+    def eager(fixed_keys):
+        logits = 10.0 * (leaves[0] @ (k if fixed_keys else leaves[1]).T)
+        (logits.logsumexp(1).sum() + (0 if fixed_keys else logits.logsumexp(0).sum())).backward()
+
+    print(f"{HEADER}\n{RULER}")
+    shape, size = f"{rows} × {keys} × {dim}", 2 * dim
+    least = (rows + keys) * size + rows * (8 + 4 * dim)
+    count_case(f"fixed keys, {shape}", least, by_rows_with_fixed_keys, partial(eager, True))
+    count_case(f"rows and columns, {shape}", (rows + keys) * (3 * size + 24), both_ways, partial(eager, False))
+
+
+def sigmoid_loss(rows: int = 256, keys: int = 4096, dim: int = 128) -> None:
+    emulator = cuda_emulation.load()
+    q, k = (F.normalize(torch.randn(n, dim)).bfloat16() for n in (rows, keys))
+    leaves = q.clone().requires_grad_(), k.clone().requires_grad_()
+    ours = partial(emulator.sigmoid_loss_forward, q, k, torch.tensor([10.0]), torch.tensor([-10.0]), 0, True)
+    print(f"{HEADER}\n{RULER}")
+    least = (rows + keys) * (2 * dim + 4 * dim)
+    count_case(
+        f"{rows} × {keys} × {dim}", least, ours, lambda: F.softplus(leaves[0] @ leaves[1].T * 10 - 10).sum().backward()
+    )
+
+
+def diffusion(samples: int = 16, size: int = 32) -> None:
     e = cuda_emulation.load()
-    print("\n| case | kernels | read, MiB | written, MiB | least, MiB | ratio | GFLOP | eager, MiB | operations |")
-    print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    scale, bias = torch.tensor([10.0]), torch.tensor([-10.0])
-    for rows, keys, dim in ((256, 4096, 128), (512, 512, 512)):
-        q, k = (F.normalize(torch.randn(n, dim)).bfloat16() for n in (rows, keys))
-        size = 2 * dim
-        lse, columns, _ = e.similarity_lse_forward(q, k, scale, None, None, True, False)
-        grad, grad_columns = torch.ones_like(lse), torch.ones_like(columns)
-        backward = (q, k, scale, lse, grad, None, None, columns, grad_columns)
-        leaves = [q.clone().requires_grad_(), k.clone().requires_grad_()]
-
-        def logits(leaves=leaves):
-            return leaves[0] @ leaves[1].T * 10.0
-
-        def clip(leaves=leaves, logits=logits):
-            x = logits()
-            (x.logsumexp(1).sum() + x.logsumexp(0).sum()).backward()
-
-        def moco(q=q, k=k, leaves=leaves):
-            (leaves[0] @ k.T * 10.0).logsumexp(1).sum().backward()
-
-        def siglip(logits=logits):
-            F.softplus(logits() - 10.0).sum().backward()
-
-        shape = f"{rows} × {keys} × {dim}"
-        count_case(
-            f"similarity_lse, fixed keys, {shape}",
-            (rows + keys) * size + rows * (8 + 4 * dim),
-            partial(e.similarity_lse_forward, q, k, scale, None, None, False, True),
-            moco,
-        )
-        both = lambda q=q, k=k, b=backward: (  # noqa: E731
-            e.similarity_lse_forward(q, k, scale, None, None, True, False),
-            e.similarity_lse_backward(*b),
-        )
-        count_case(f"similarity_lse, both ways, {shape}", (rows + keys) * (3 * size + 24), both, clip)
-        count_case(
-            f"sigmoid_loss, {shape}",
-            (rows + keys) * (size + 4 * dim),
-            partial(e.sigmoid_loss_forward, q, k, scale, bias, 0, True),
-            siglip,
-        )
-
-    x, out, noise = torch.randn(3, 16, 3, 32, 32)
-    seeds, t, alphas = torch.arange(16), torch.arange(16), torch.linspace(0.999, 0.01, 50)
+    x, out, noise = torch.randn(3, samples, 3, size, size)
+    leaf = out.clone().requires_grad_()
+    seeds, t, alphas = torch.arange(samples), torch.arange(samples), torch.linspace(0.999, 0.01, 50)
     coefficients = torch.tensor([1.0, -0.6, 1.3, 0.4, 0.5, 0.0, 0.0, 0.0, 0.7, 0.0, 0.0, 17.0])
-    n = x.nbytes
 
     def eager_step():
         x0 = ((x - 0.6 * out) * 1.3).clamp(-1, 1)
         return 0.4 * x0 + 0.5 * x + 0.7 * torch.randn_like(x)
 
     def eager_noising():
-        a = alphas[t].view(-1, 1, 1, 1)
-        noise = torch.randn_like(x)
+        a, noise = alphas[t].view(-1, 1, 1, 1), torch.randn_like(x)
         return a.sqrt() * x + (1 - a).sqrt() * noise, noise
 
-    leaf = out.clone().requires_grad_()
-
-    def eager_loss(prediction=leaf):
-        F.mse_loss(prediction, noise, reduction="none").mean((1, 2, 3)).mean().backward()
-
     step = partial(e.diffusion_step, out, x, coefficients, 1.0, None, [], None, seeds, "fixed")
-    count_case("diffusion_step, 16×3×32×32", 4 * n, step, eager_step)
-    count_case(
-        "diffusion_q_sample",
-        3 * n,
-        partial(e.diffusion_q_sample, x, t, alphas, "epsilon", None, seeds, 0),
-        eager_noising,
-    )
-    losses = lambda: (  # noqa: E731
-        e.diffusion_loss_forward(out, noise, t, alphas, "epsilon", None),
-        e.diffusion_loss_backward(torch.ones(16), out, noise, t, alphas, "epsilon", None),
-    )
-    count_case("diffusion_loss and its gradient", 5 * n, losses, eager_loss)
+    noising = partial(e.diffusion_q_sample, x, t, alphas, "epsilon", None, seeds, 0)
+    inputs = (out, noise, t, alphas, "epsilon", None)
 
+    def loss_and_gradient():
+        e.diffusion_loss_backward(e.diffusion_loss_forward(*inputs), *inputs)
+
+    def eager_loss():
+        F.mse_loss(leaf, noise, reduction="none").mean((1, 2, 3)).sum().backward()
+
+    print(f"{HEADER}\n{RULER}")
+    shape = f"{samples}×3×{size}×{size}, float32"
+    count_case(f"step with noise by seed, {shape}", 4 * x.nbytes, step, eager_step)
+    count_case(f"q_sample, {shape}", 3 * x.nbytes, noising, eager_noising)
+    count_case(f"loss and gradient, {shape}", 5 * x.nbytes, loss_and_gradient, eager_loss)
+
+
+def group_norm_silu(samples: int = 4, channels: int = 64, size: int = 16) -> None:
+    emulator = cuda_emulation.load()
+    print(f"{HEADER}\n{RULER}")
     for layout in (torch.contiguous_format, torch.channels_last):
-        x, grad = (v.contiguous(memory_format=layout) for v in torch.randn(2, 4, 64, 16, 16))
-        weight, bias = torch.randn(2, 64)
-        leaves = [v.clone().requires_grad_() for v in (x, weight, bias)]
-        out, mean, rstd = e.group_norm_silu_forward(x, 32, weight, bias, 1e-5)
-        both = lambda x=x, grad=grad, w=weight, b=bias, mean=mean, rstd=rstd: (  # noqa: E731
-            e.group_norm_silu_forward(x, 32, w, b, 1e-5),
-            e.group_norm_silu_backward(grad, x, 32, w, b, mean, rstd),
-        )
-        eager = lambda leaves=leaves, grad=grad: F.silu(F.group_norm(leaves[0], 32, *leaves[1:])).backward(grad)  # noqa: E731
-        count_case(f"group_norm_silu and its gradients, 4×64×16×16, {layout}", 5 * x.nbytes, both, eager)
+        x, grad = (t.contiguous(memory_format=layout) for t in torch.randn(2, samples, channels, size, size))
+        weight, bias = torch.randn(2, channels)
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
 
-    images = torch.rand(16, 3, 32, 32)
-    turned, _ = e.rotate4_forward(images)
+        def ours(x=x, grad=grad, weight=weight, bias=bias):
+            _, mean, rstd = emulator.group_norm_silu_forward(x, 32, weight, bias, 1e-5)
+            emulator.group_norm_silu_backward(grad, x, 32, weight, bias, mean, rstd)
+
+        def eager(leaves=leaves, grad=grad):
+            F.silu(F.group_norm(leaves[0], 32, *leaves[1:])).backward(grad)
+
+        name = f"forward and backward, {samples}×{channels}×{size}×{size}, {str(layout).removeprefix('torch.')}"
+        count_case(name, 5 * x.nbytes, ours, eager)
+
+
+def rotate4(samples: int = 16, size: int = 32) -> None:
+    emulator = cuda_emulation.load()
+    images = torch.rand(samples, 3, size, size)
     leaf = images.clone().requires_grad_()
-    both = lambda: (e.rotate4_forward(images), e.rotate4_backward(turned))  # noqa: E731
-    eager = lambda: torch.cat([leaf.rot90(k, (2, 3)) for k in range(4)]).backward(turned)  # noqa: E731
-    count_case("rotate4 and its gradient, 16×3×32×32", 10 * images.nbytes, both, eager)
+    grad = torch.rand(4 * samples, 3, size, size)
+
+    def ours():
+        emulator.rotate4_forward(images)
+        emulator.rotate4_backward(grad)
+
+    print(f"{HEADER}\n{RULER}")
+    eager = lambda: torch.cat([leaf.rot90(k, (2, 3)) for k in range(4)]).backward(grad)  # noqa: E731
+    count_case(f"forward and backward, {samples}×3×{size}×{size}, float32", 10 * images.nbytes, ours, eager)
+
+
+OPS = (info_nce, augment, similarity_lse, sigmoid_loss, diffusion, group_norm_silu, rotate4)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] not in (["info_nce"], ["augment"], ["others"]):
+    functions = {op.__name__: op for op in OPS}
+    if sys.argv[1:2] == [] or sys.argv[1] not in functions:
         sys.exit(__doc__)
-    {"info_nce": info_nce, "augment": augment, "others": others}[sys.argv[1]](*map(int, sys.argv[2:]))
+    functions[sys.argv[1]](*map(int, sys.argv[2:]))
