@@ -99,7 +99,8 @@ def report(options: Options, runs: dict[Variant, list[Path]]) -> None:
     for name, key in others.items():
         fid = spread([result[key]["fid"] for results in found.values() for result in results])
         text += f"FID of {name}: {fid}. "
-    text += f"{first['samples']:,} images each, by the features of {first['features']}; mean ± standard deviation.\n"
+    features = first["features"].partition(",")[0]  # without the path
+    text += f"{first['samples']:,} images each, by the features of {features}; mean ± standard deviation.\n"
     options.results.mkdir(parents=True, exist_ok=True)
     checkpoint.write_atomically(options.results / "ssgan_study.md", text)
     checkpoint.write_atomically(options.results / "ssgan_study.json", json.dumps(found, indent=1) + "\n")
