@@ -157,6 +157,23 @@ def fall_silent(rank: int, world: int, port: int, folder: Path) -> None:
         (folder / str(rank)).write_text(str(error))
 
 
+def join_again(rank: int, world: int, _port: int, port: int, restart: int) -> None:
+    """Join the group that torchrun's own store at `port` brings together; after a restart rank 1 comes later."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(restart)}
+    time.sleep(2 * restart * rank)
+    with distributed.session():
+        distributed.any_rank(False)
+        if not restart:
+            os._exit(0)  # leaves its address in the store
+
+
+def test_after_a_restart_ranks_do_not_look_for_those_that_died():
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for restart in (0, 1):
+        assert ranks.join(ranks.start(join_again, 2, store.port, restart), seconds=60) == [0, 0]
+
+
 def test_a_silent_rank_ends_the_others_within_the_timeout(tmp_path):
     processes = ranks.start(fall_silent, 2, tmp_path)
     try:

@@ -56,7 +56,11 @@ def session(timeout: float | None = None) -> Iterator[None]:
     timeout = rank_timeout() if timeout is None else timeout
     try:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        wait = datetime.timedelta(seconds=timeout)
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        # After a restart torchrun's store still holds the addresses of the ranks that died.
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
         yield
     except RuntimeError as error:
         said = str(error).splitlines()[0]
