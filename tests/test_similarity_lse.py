@@ -91,7 +91,10 @@ def check(shape, dtype, mode, scale, exclude=0, bias=False) -> None:
             size = max(size, terms(double[0], len(e), scale))
         elif mode == "columns":
             size = max(size, terms(double[1], len(e), scale))
-        assert error <= table[dtype] * max(1, scale / 10) * max(size, 1e-3), (number, error, size)
+        tolerance = table[dtype]
+        if grad in (0, 2) and e.numel() < 16:  # too few to average the roundings of the weights and of the result
+            tolerance = max(tolerance, torch.finfo(dtype).eps)
+        assert error <= tolerance * max(1, scale / 10) * max(size, 1e-3), (number, error, size)
 
 
 @pytest.mark.parametrize("mode", MODES)

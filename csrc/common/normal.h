@@ -99,7 +99,7 @@ SSLFAST_HOST_DEVICE void normal_pair(typename Ops::Int word0, typename Ops::Int 
 
   // The angle: whole quarter turns, and x in [−½, ½] of one. sin and cos of x·π/2, errors 5e-9 and 2.8e-8.
   const Int quarter = Ops::shift_right(Ops::sum(word1, Int{} + 0x20000000), 30);
-  const Float x = Ops::times(Ops::to_float(Ops::sum(word1, Int{} - Ops::shift_left(quarter, 30))), 0x1p-30f + Float{});
+  const Float x = Ops::times(Ops::to_float(Ops::sum(word1, Ops::shift_left(Int{} - quarter, 30))), 0x1p-30f + Float{});
   const Float z = Ops::times(x, x);
   Float s = Ops::times(z, -0.004602177068591118f + Float{}) + 0.07968022674322128f;
   s = Ops::times(z, s) - 0.6459634900093079f;
