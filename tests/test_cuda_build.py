@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "csrc/ops/cuda").glob("*_kernel.cu"))
-ARCHITECTURES = ["sm_80", "sm_90"]
+ARCHITECTURES = ["sm_80", "sm_90a"]
 MATRIX_KERNELS = r"(info_nce|sigmoid_loss|similarity_lse)_(forward|backward)_kernel"
 # Kernels whose registers leave room for two blocks of 256 threads on a multiprocessor. Of those of info_nce: bfloat16
 # and float16 with the usual kind of softmax; of similarity_lse: forward in these types.

@@ -109,26 +109,17 @@ def test_counters():
 
 
 @pytest.mark.parametrize("by_rows", [False, True], ids=["a_bt", "a_b"])
-@pytest.mark.parametrize(
-    ("math", "dtype", "tolerance"),
-    [
-        ("bfloat16", torch.bfloat16, 1e-6),
-        ("float16", torch.float16, 1e-6),
-        ("tf32", torch.float32, 1e-3),
-        ("tf32x3", torch.float32, 1e-6),
-    ],
-)
-def test_matrix_product(math, dtype, tolerance, by_rows):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_matrix_product(dtype, by_rows):
     emulator = cuda_emulation.load()
     generator = torch.Generator().manual_seed(0)
     columns = 16 if by_rows else 128 // dtype.itemsize
     a, b = torch.randn(2, 16, columns, generator=generator).to(dtype)
     emulator.reset_counters()
-    actual = emulator.matrix_product(math, a, b, by_rows).double()
+    actual = emulator.matrix_product(str(dtype).removeprefix("torch."), a, b, by_rows).double()
     expected = a.double() @ (b.double() if by_rows else b.double().T)
-    assert (actual - expected).norm() <= tolerance * expected.norm()
-    if math == "tf32":  # not more exact than the hardware
-        assert (actual - expected).norm() >= 1e-5 * expected.norm()
+    assert (actual - expected).norm() <= 1e-6 * expected.norm()
+    assert (actual.abs() <= expected.abs()).all()  # as the hardware: not more exact
     counts = emulator.counters()["product"]
-    assert counts["mma_flops"] == 2 * 16 * 16 * columns * (3 if math == "tf32x3" else 1)
+    assert counts["mma_flops"] == 2 * 16 * 16 * columns
     assert counts["ldmatrix_conflicts"] == 0

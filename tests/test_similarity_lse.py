@@ -385,7 +385,7 @@ def test_more_elements_than_fit_an_int(emulator):
     emulator.run_corners(set())
     lse, _, key_sum = emulator.similarity_lse_forward(queries, keys, torch.tensor([2.0]), None, None, False, True)
     logits = 2.0 * queries[-8:].double() @ keys.double().T
-    torch.testing.assert_close(lse[-8:], logits.logsumexp(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(lse[-8:], logits.logsumexp(1), rtol=5e-6, atol=0)  # 132 sums, rounded towards zero
     expected = logits.softmax(1) @ keys.double()
     for columns in (slice(256), slice(2048, dim)):
         found, right = key_sum[-8:, columns].double(), expected[:, columns]

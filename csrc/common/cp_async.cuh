@@ -24,12 +24,14 @@ __device__ __forceinline__ void cp_async_commit() {
 #endif
 }
 
-/// Waits for all of this thread's groups; other threads see the data after the next __syncthreads().
-__device__ __forceinline__ void cp_async_wait_all() {
+/// Waits for all of this thread's groups but the last kPending; other threads see the data after the next
+/// __syncthreads().
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
 #if defined(SSLFAST_CUDA_EMULATED)
-  cuda_emulator::cp_async_wait(0);
+  cuda_emulator::cp_async_wait(kPending);
 #else
-  asm volatile("cp.async.wait_group 0;\n" ::: "memory");
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 #endif
 }
 

@@ -18,6 +18,7 @@ namespace sslfast {
 
 #if defined(SSLFAST_CUDA_EMULATED)
 inline bool is_cuda_tensor(const at::Tensor& t) { return t.is_cpu(); }
+inline bool is_host_tensor(const at::Tensor&) { return false; }
 struct CudaScope {
   explicit CudaScope(const at::Tensor&) {}
   cudaStream_t stream() const { return nullptr; }
@@ -29,6 +30,8 @@ struct CudaScope {
 };
 #else
 inline bool is_cuda_tensor(const at::Tensor& t) { return t.is_cuda(); }
+/// A number that the host knows, beside tensors on the device.
+inline bool is_host_tensor(const at::Tensor& t) { return t.is_cpu(); }
 /// Makes the tensor's device the current one while it lives; stream() is the caller's current stream there.
 struct CudaScope {
   c10::cuda::CUDAGuard guard;

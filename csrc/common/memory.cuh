@@ -21,6 +21,13 @@ __device__ __forceinline__ T load_global(const T* p) {
 #endif
 }
 
+/// A number on the device, or one that the host knows where `pointer` is null.
+struct Number {
+  const float* pointer;
+  float value;
+  __device__ __forceinline__ float get() const { return pointer == nullptr ? value : load_global(pointer); }
+};
+
 /// 16 bytes as one access; p is 16-byte aligned.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_pack(const T* p) {

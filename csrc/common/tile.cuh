@@ -1,65 +1,18 @@
 // Tiles of products between the rows of packed matrices, as the losses' CUDA kernels share them: blocks of eight warps,
 // operands in slots (csrc/common/mma.cuh) that cp.async fills, sums of exponentials to base 2.
-//
-// A packed matrix has rows of whole slots (128 bytes), padded with zeros, and a number of rows that tiles divide.
 #pragma once
 
-#include "csrc/common/convert.cuh"
 #include "csrc/common/cp_async.cuh"
-#include "csrc/common/memory.cuh"
-#include "csrc/common/mma.cuh"
-#include "csrc/common/product_type.h"
-#include "csrc/common/warp.cuh"
+#include "csrc/common/packed_matrix.cuh"
+#include "csrc/common/wgmma.cuh"
 
 namespace sslfast {
 
 inline constexpr int kTileThreads = 256;
+inline constexpr int kTileRows = 128;
 inline constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.6931471805599453;
 inline constexpr float kLog2E = kLog2EDouble, kLn2 = kLn2Double;
 inline constexpr float kMasked = -1e30f;  // a logit that counts for nothing
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-constexpr int element_bytes(ProductType type) {
-  return type == ProductType::bfloat16 || type == ProductType::float16 ? 2 : 4;
-}
-
-/// Hands out parts of the workspace, 256-byte aligned; only adds them up if there is none yet.
-struct Workspace {
-  char* base;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* part = base == nullptr ? nullptr : reinterpret_cast<T*>(base + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return part;
-  }
-};
-
-inline bool rows_are_aligned(const void* a, const void* b, int64_t row_bytes) {
-  return (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | static_cast<uintptr_t>(row_bytes)) % 16 ==
-         0;
-}
-
-/// Elements d… of a row of `dim`, zeros beyond its end. If aligned, rows are multiples of 16 bytes.
-template <typename T>
-__device__ __forceinline__ Pack<T> load_row(const T* row, int d, int dim, bool aligned) {
-  if (aligned && d < dim) return load_pack(row + d);
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i) pack.at[i] = d + i < dim ? load_global(row + d + i) : from_float<T>(0.0f);
-  return pack;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_row(T* row, int d, int dim, bool aligned, const Pack<T>& pack) {
-  if (aligned && d < dim) return store_pack(row + d, pack);
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kSize; ++i)
-    if (d + i < dim) store_global(row + d + i, pack.at[i]);
-}
 
 /// Starts copying chunk `chunk` of kRows rows of packed data, `chunks` slots wide, from row `first` into a slot: 32
 /// rows at a time, 128 bytes of each.
@@ -75,60 +28,112 @@ __device__ __forceinline__ void load_slot(unsigned char* slot, const void* data,
   for (int rows = 0; rows < kRows; rows += 32) cp_async_16(target + rows * kSlotRowBytes, source + rows * row_bytes);
 }
 
-/// acc += A·Bᵀ over the columns of one chunk, for kM·16 rows of slot a from `row` and kN·8 rows of slot b from
-/// `column`.
-template <typename Math, int kM, int kN>
-__device__ __forceinline__ void multiply_chunk(float (&acc)[kM][kN][4], const unsigned char* a, int row,
-                                               const unsigned char* b, int column) {
-  const int a_start = a_offset(row), b_start = b_offset(column);
-#pragma unroll(kM* kN >= 16 ? 2 : 1)  // more costs registers
-  for (int step = 0; step < kSlotSteps; ++step) {
-    uint32_t a_fragment[kM][4];
+// A tile of products has kTileRows rows, 16 of each warp. Its accumulators are acc[n][i]: row warp_row() + tile_row(i),
+// column 8·n + tile_column(i).
+
+/// Where this warp's rows begin in a tile.
+__device__ __forceinline__ int warp_row() { return threadIdx.x / 32 * 16; }
+
+/// The products of a chunk: of step `of_a` of A and `of_b` of B.
+template <typename Math>
+struct ChunkProducts {
+  static constexpr int kSteps = kSlotSteps / Math::kParts;  // of the high halves, or of all
+  static constexpr int kCount = (2 * Math::kParts - 1) * kSteps;
+  /// Product i; low·high, high·low and high·high follow each other.
+  __device__ static __forceinline__ int of_a(int i) { return i % kSteps + (Math::kParts == 2 && i < kSteps ? kSteps : 0); }
+  __device__ static __forceinline__ int of_b(int i) { return i % kSteps + (i >= kSteps && i < 2 * kSteps && Math::kParts == 2 ? kSteps : 0); }
+};
+
+/// acc += A·Bᵀ over the columns of one chunk, for 8·kN rows of slot b. Between begin_products() and end_products().
+template <typename Math, int kN>
+__device__ __forceinline__ void multiply_chunk(float (&acc)[kN][4], const unsigned char* a, const unsigned char* b) {
+  using Products = ChunkProducts<Math>;
+#if SSLFAST_WGMMA
+  const uint64_t a_at = slot_descriptor(a + threadIdx.x / 128 * 64 * kSlotRowBytes), b_at = slot_descriptor(b);
 #pragma unroll
-    for (int m = 0; m < kM; ++m) ldmatrix_x4(a_fragment[m], a + 16 * m * kSlotRowBytes + (a_start ^ step_bits(step)));
+  for (int i = 0; i < Products::kCount; ++i)
+    wgmma_rows<Math>(acc, a_at + 2 * Products::of_a(i), b_at + 2 * Products::of_b(i));
+#else
+  const int a_start = a_offset(warp_row()), b_start = b_offset(0);
+#pragma unroll(Math::kParts == 1 ? 2 : 1)  // more costs registers
+  for (int i = 0; i < Products::kCount; ++i) {
+    uint32_t a_fragment[4];
+    ldmatrix_x4(a_fragment, a + (a_start ^ step_bits(Products::of_a(i))));
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b_fragment[2][2];
-      load_b(b_fragment, b + 8 * n * kSlotRowBytes + (b_start ^ step_bits(step)));
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Math::product(acc[m][n], a_fragment[m], b_fragment[0]);
-        Math::product(acc[m][n + 1], a_fragment[m], b_fragment[1]);
-      }
+      load_b(b_fragment, b + 8 * n * kSlotRowBytes + (b_start ^ step_bits(Products::of_b(i))));
+      Math::product(acc[n], a_fragment, b_fragment[0]);
+      Math::product(acc[n + 1], a_fragment, b_fragment[1]);
     }
   }
+#endif
 }
 
-/// sum += W·Z for 32 rows of W, rows × kColumns in slots of kRows rows, and 8·kWidth columns from `column` of one chunk
-/// of Z, whose rows are W's columns. a_start: a_offset() of W's first row.
-template <typename Math, int kRows, int kColumns, int kWidth>
-__device__ __forceinline__ void multiply_weights(float (&sum)[2][kWidth][4], const unsigned char* w_slots, int a_start,
-                                                 const unsigned char* z_slot, int column) {
-  using T = typename Math::Element;
-  constexpr int kLoad = sizeof(T) == 2 ? 2 : 1;    // fragments that load_b_rows() gives
-  constexpr int kDepth = sizeof(T) == 2 ? 16 : 8;  // columns of W of one product
-#pragma unroll
-  for (int k = 0; k < kColumns / kDepth; ++k) {
-    const unsigned char* w_slot = w_slots + k / kSlotSteps * kRows * kSlotRowBytes;
-    uint32_t a_fragment[2][4];
-#pragma unroll
-    for (int m = 0; m < 2; ++m)
-      ldmatrix_x4(a_fragment[m], w_slot + 16 * m * kSlotRowBytes + (a_start ^ step_bits(k % kSlotSteps)));
-#pragma unroll
-    for (int n = 0; n < kWidth; n += kLoad) {
-      uint32_t b_fragment[kLoad][2];
-      load_b_rows(b_fragment, z_slot, k * kDepth, column + 8 * n);
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int i = 0; i < kLoad; ++i) Math::product(sum[m][n + i], a_fragment[m], b_fragment[i]);
+/// Weights of a warp's 16 rows and 8·kN columns as operands.
+template <typename Math, int kN>
+struct Weights {
+  uint32_t at[Math::kParts][kN / 2][4];
+
+  /// Element i and i + 1 (i = 0 or 2) of tile n.
+  __device__ __forceinline__ void set(int n, int i, float first, float second) {
+    using T = typename Math::Operand;
+    T pair[2] = {from_float<T>(first), from_float<T>(second)};
+    memcpy(&at[0][n / 2][n % 2 * 2 + i / 2], pair, sizeof(pair));
+    if constexpr (Math::kParts == 2) {
+      pair[0] = from_float<T>(first - to_float(pair[0]));
+      pair[1] = from_float<T>(second - to_float(pair[1]));
+      memcpy(&at[1][n / 2][n % 2 * 2 + i / 2], pair, sizeof(pair));
     }
+  }
+};
+
+/// sum += W·Z: 16 rows of W a warp; one chunk of columns of Z, whose rows are W's columns. Between begin_products() and
+/// end_products().
+template <typename Math, int kN, int kWidth>
+__device__ __forceinline__ void multiply_weights(float (&sum)[kWidth][4], const Weights<Math, kN>& w,
+                                                 const unsigned char* z_slot) {
+  static_assert(kWidth * 8 == kSlotColumns<Math>);
+#pragma unroll
+  for (int part = 0; part < 2 * Math::kParts - 1; ++part) {  // low·high, high·low, high·high
+    const auto& of_w = w.at[Math::kParts == 2 && part == 0];
+    const int first = part == 1 ? kSlotColumns<Math> : 0;  // of Z
+#if SSLFAST_WGMMA
+    const uint64_t z_at = slot_descriptor(z_slot + 2 * first);
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k) wgmma_weights<Math>(sum, of_w[k], z_at + k * kSlotRowBytes);
+#else
+#pragma unroll
+    for (int k = 0; k < kN / 2; ++k)
+#pragma unroll
+      for (int n = 0; n < kWidth; n += 2) {
+        uint32_t b_fragment[2][2];
+        load_b_rows(b_fragment, z_slot, 16 * k, first + 8 * n);
+        Math::product(sum[n], of_w[k], b_fragment[0]);
+        Math::product(sum[n + 1], of_w[k], b_fragment[1]);
+      }
+#endif
   }
 }
 
 /// Where element i of the accumulator of one m16n8 tile lies.
 __device__ __forceinline__ int tile_row(int i) { return threadIdx.x % 32 / 4 + 8 * (i / 2); }
 __device__ __forceinline__ int tile_column(int i) { return 2 * (threadIdx.x % 4) + i % 2; }
+
+/// Adds c up over the 16 rows of a warp: lanes 4·g… get the sums of columns 16·g + … in c[0] and c[1].
+__device__ __forceinline__ void sum_columns(float (&c)[16][2]) {
+#pragma unroll
+  for (int half = 8, lanes = 16; half >= 2; half /= 2, lanes /= 2) {
+    const bool upper = threadIdx.x & lanes;
+#pragma unroll
+    for (int n = 0; n < half; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float other = __shfl_xor_sync(0xFFFFFFFFu, upper ? c[n][e] : c[n + half][e], lanes);
+        c[n][e] = (upper ? c[n + half][e] : c[n][e]) + other;
+      }
+  }
+}
 
 /// Σ 2^(x − max) · … as a running pair: the sum is sum · 2^max.
 struct MaxSum {

@@ -1,96 +1,120 @@
 // Sums of rows with weights that a loss makes of their similarities, Σ_j W_ij·b_j with W_ij a function of ⟨a_i, b_j⟩,
 // on the tiles of csrc/common/tile.cuh: what gradients of losses over pairs are. W is never in global memory.
 //
-// A block owns rows I (kRows of them) and kSlice columns of their sums and visits 64 rows J after the other:
-// A_I·B_Jᵀ → W_IJ → shared memory → sums += W_IJ·B_J. Several blocks may share rows I (`splits`); their partial sums
-// are added up in a fixed order by the kernel that finishes.
+// A block owns 128 rows I and kSlice columns of their sums and visits 64 rows J after the other: A_I·B_Jᵀ → W_IJ, in
+// the registers of the threads that made the products → sums += W_IJ·B_J. Several blocks may share rows I (`splits`);
+// their partial sums are added up in a fixed order by the kernel that finishes.
 #pragma once
 
-#include "csrc/common/tile.cuh"
+#include "csrc/common/tile_pipeline.cuh"
 
 namespace sslfast {
 
-inline constexpr int kPackedRows = 128;      // packed rows are padded to a multiple of it
 inline constexpr int kWeightedColumns = 64;  // rows J of one step
-
-/// A matrix whose rows are whole slots, padded with zeros.
-struct PackedMatrix {
-  int count, padded, chunks, padded_dim;  // rows, rows with padding, slots and elements of a row
-  void* data;                             // Element[padded][padded_dim]
-};
-
-inline PackedMatrix packed_matrix(ProductType type, int64_t count, int64_t dim) {
-  const int64_t chunks = divide_up(dim * element_bytes(type), kSlotRowBytes);
-  return {static_cast<int>(count), static_cast<int>(round_up(count, kPackedRows)), static_cast<int>(chunks),
-          static_cast<int>(chunks * kSlotRowBytes / element_bytes(type)), nullptr};
-}
-
-inline int64_t packed_bytes(const PackedMatrix& m) { return int64_t{m.padded} * m.chunks * kSlotRowBytes; }
 
 struct TilePackParams {
   PackedMatrix m;
   const void* source;
   int dim;
-  bool aligned;  // rows of the source are multiples of 16 bytes
+  bool aligned;    // rows of the source are multiples of 16 bytes
+  float* largest;  // float32: [kLargestBlocks], the largest |x| that each block found
+  float* unit;     // float32: out, 1: x = unit · what is packed
 };
 
+constexpr int kLargestBlocks = 64;
+
+/// Traffic: each element read once. NaN counts for nothing.
+static __global__ void __launch_bounds__(kTileThreads) tile_largest_kernel(const TilePackParams p) {
+  const float* source = static_cast<const float*>(p.source);
+  const int64_t count = int64_t{p.m.count} * p.dim, first = int64_t{blockIdx.x} * kTileThreads + threadIdx.x;
+  float largest = 0.0f;
+  for (int64_t i = first; i < count; i += kLargestBlocks * kTileThreads)
+    largest = fmaxf(largest, fabsf(load_global(source + i)));
+  largest = block_reduce<kTileThreads>(largest, [](float a, float b) { return fmaxf(a, b); });
+  if (threadIdx.x == 0) store_global(p.largest + blockIdx.x, largest);
+}
+
+/// 2^(6 − exponent of the largest), with which it is below 2⁷; and 2^… of what is not finite or tiny is 1.
+__device__ __forceinline__ float packing_power(float largest) {
+  const unsigned exponent = __float_as_uint(largest) >> 23;
+  return exponent > 7 && exponent < 254 ? __uint_as_float((254 + 6 - exponent) << 23) : 1.0f;
+}
+
 /// One warp a row. Traffic: each element read and written once.
-template <typename T>
+template <typename Math>
 static __global__ void __launch_bounds__(kTileThreads) tile_pack_kernel(const TilePackParams p) {
-  constexpr int kSize = Pack<T>::kSize;
+  using T = typename Math::Element;
   const int lane = threadIdx.x % 32, row = blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32;
   const T* source = static_cast<const T*>(p.source) + int64_t{row} * p.dim;
   const int dim = row < p.m.count ? p.dim : 0;
-  for (int d = lane * kSize; d < p.m.padded_dim; d += 32 * kSize)
-    store_pack(static_cast<T*>(p.m.data) + int64_t{row} * p.m.padded_dim + d, load_row(source, d, dim, p.aligned));
+  float power = 1.0f;
+  if constexpr (std::is_same_v<T, float>) {
+    float largest = fmaxf(load_global(p.largest + lane), load_global(p.largest + lane + 32));
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, mask));
+    power = packing_power(largest);
+    if (row == 0 && lane == 0) store_global(p.unit, 1.0f / power);
+  }
+  for (int d = 8 * lane; d < p.m.padded_dim; d += 8 * 32) {
+    float x[8];
+    load_eight(x, source, d, dim, p.aligned);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] *= power;
+    store_packed<Math>(p.m, row, d, x);
+  }
 }
 
-template <typename T>
-void launch_tile_pack(const char* name, const PackedMatrix& m, const void* source, int64_t dim, cudaStream_t stream) {
+/// scratch: kLargestBlocks + 1 floats for float32, of which the last is the matrix's unit afterwards.
+template <typename Math>
+void launch_tile_pack(const char* name, const PackedMatrix& m, const void* source, int64_t dim, float* scratch,
+                      cudaStream_t stream) {
+  using T = typename Math::Element;
   const bool aligned = rows_are_aligned(source, source, dim * static_cast<int64_t>(sizeof(T)));
+  const TilePackParams p = {m, source, static_cast<int>(dim), aligned, scratch, scratch + kLargestBlocks};
+  if (std::is_same_v<T, float>)
+    launch(tile_largest_kernel, {"tile_largest", kLargestBlocks, kTileThreads, kReduceBytes<kTileThreads>, stream}, p);
   const dim3 grid(static_cast<unsigned>(m.padded / (kTileThreads / 32)));
-  launch(tile_pack_kernel<T>, {name, grid, kTileThreads, 0, stream},
-         TilePackParams{m, source, static_cast<int>(dim), aligned});
+  launch(tile_pack_kernel<Math>, {name, grid, kTileThreads, 0, stream}, p);
 }
+
+/// The scratch of launch_tile_pack(), and where the matrix's unit is: null where it is 1.
+struct MatrixUnit {
+  float *scratch, *unit;
+  MatrixUnit(ProductType type, Workspace& workspace)
+      : scratch(is_float32(type) ? workspace.take<float>(kLargestBlocks + 1) : nullptr),
+        unit(scratch == nullptr ? nullptr : scratch + kLargestBlocks) {}
+};
+
+__device__ __forceinline__ float unit_of(const float* unit) { return unit == nullptr ? 1.0f : load_global(unit); }
 
 struct WeightedRowsParams {
   PackedMatrix a, b;  // whose sums they are, and the others
   int splits, tiles;  // blocks that share a row block; steps of 64 rows J of each
   int slices;
-  bool resident;   // all chunks of A_I stay in shared memory
-  bool whole;      // all chunks of one B_J are in shared memory at once, for both products
+  SlotPlan slots;
   float* partial;  // [splits][a.padded][a.padded_dim]: Σ W·b; null: no sums, W alone
 };
 
-template <typename T, int kRows>
-__host__ __device__ constexpr int64_t weighted_rows_bytes(int chunks, bool resident, bool whole) {
-  const int64_t a = int64_t{resident ? chunks : 2} * kRows * kSlotRowBytes;
-  const int64_t b = int64_t{whole ? chunks + 1 : 2} * kWeightedColumns * kSlotRowBytes;
-  return a + b + int64_t{kRows} * kWeightedColumns * static_cast<int64_t>(sizeof(T));
-}
+/// Two blocks are to share a multiprocessor, so that one makes weights while the other multiplies, where the
+/// accumulators leave registers for it: mma.sync takes more of them than wgmma.
+template <typename Math, int kSlice>
+inline constexpr int kWeightedBlocksPerSm = SSLFAST_WGMMA && Math::kParts == 1 && kSlice <= 128 ? 2 : 1;
 
-/// Shared memory of weighted_rows(), from its start; what W is made of may come behind it.
-template <typename T, int kRows>
-__host__ __device__ constexpr int64_t weighted_rows_bytes(const WeightedRowsParams& p) {
-  return weighted_rows_bytes<T, kRows>(p.a.chunks, p.resident, p.whole);
-}
-
-/// How the work is cut, without `partial`. more_bytes: of shared memory behind weighted_rows_bytes().
-template <typename T, int kRows, int kSlice>
-WeightedRowsParams cut_weighted_rows(const PackedMatrix& a, const PackedMatrix& b, int64_t more_bytes) {
-  WeightedRowsParams p = {a, b, 0, 0, 0, false, false, nullptr};
-  const auto fits = [&](bool resident, bool whole) {
-    return weighted_rows_bytes<T, kRows>(a.chunks, resident, whole) + more_bytes <=
-           static_cast<int64_t>(kMaxSharedBytes);
-  };
-  p.whole = fits(true, true) || (fits(false, true) && !fits(true, false));
-  p.resident = fits(true, p.whole);
-  p.slices = static_cast<int>(divide_up(a.chunks, kSlice / kSlotColumns<T>));
-  // Enough blocks for a large GPU, but no block with less than two steps, nor more than 64 parts of one row's sums.
-  const int64_t row_blocks = a.padded / kRows, tiles = b.padded / kWeightedColumns;
+/// How the work is cut, without `partial`. more_bytes: of shared memory behind the slots. gradients: whether sums are
+/// wanted.
+template <typename Math, int kSlice>
+WeightedRowsParams cut_weighted_rows(const PackedMatrix& a, const PackedMatrix& b, int64_t more_bytes, bool sums,
+                                     int most_splits) {
+  constexpr int kChunks = kSlice / kSlotColumns<Math>;
+  WeightedRowsParams p = {a, b, 0, 0, 0, {}, nullptr};
+  p.slots = plan_slots(a.chunks, sums ? kChunks : 0, kWeightedColumns, more_bytes,
+                       Math::kParts == 1 && kSlice <= 128);
+  p.slices = sums ? static_cast<int>(divide_up(a.chunks, kChunks)) : 1;
+  // Enough blocks for a large GPU, but no block with less than two steps.
+  const int64_t row_blocks = a.padded / kTileRows, tiles = b.padded / kWeightedColumns;
   int64_t splits = 256 / (row_blocks * p.slices);
   splits = splits > tiles / 2 ? tiles / 2 : splits;
-  splits = splits > 64 ? 64 : splits < 1 ? 1 : splits;
+  splits = splits > most_splits ? most_splits : splits < 1 ? 1 : splits;
   p.tiles = static_cast<int>(divide_up(tiles, splits));
   p.splits = static_cast<int>(divide_up(tiles, p.tiles));
   return p;
@@ -98,118 +122,80 @@ WeightedRowsParams cut_weighted_rows(const PackedMatrix& a, const PackedMatrix& 
 
 inline int64_t partial_floats(const WeightedRowsParams& p) { return int64_t{p.splits} * p.a.padded * p.a.padded_dim; }
 
-template <int kRows>
-dim3 weighted_rows_grid(const WeightedRowsParams& p) {
-  return dim3(static_cast<unsigned>(p.a.padded / kRows), p.slices, p.splits);
+inline dim3 weighted_rows_grid(const WeightedRowsParams& p) {
+  return dim3(static_cast<unsigned>(p.a.padded / kTileRows), p.slices, p.splits);
 }
 
-/// Block (I, slice, split). A "step" of the pipeline loads one chunk: those of A_I and B_J for the products first,
-/// then, unless `whole`, those of B_J in the slice once more for W·B_J. While a step is computed, the next one is under
-/// way.
+/// Block (I, slice, split).
 ///
-/// weigh.prefetch(tile, first_row, first_column) may start asynchronous copies of what the tile's weights take;
-/// weigh(x, tile, first_row, first_column, warp_row, warp_column) turns the products of a warp, kM·16 × kN·8 of them,
-/// into weights.
-template <typename Math, int kRows, int kSlice, typename Weigh>
+/// weigh.prefetch(tile, first_row, first_column) may start asynchronous copies of what the tile's weights take, into
+/// the buffer tile % kTileBuffers; weigh(x, tile, first_row, first_column) turns the products of a tile into weights.
+template <typename Math, int kSlice, typename Weigh>
 __device__ __forceinline__ void weighted_rows(const WeightedRowsParams& p, Weigh& weigh) {
-  using T = typename Math::Element;
-  constexpr int kColumns = kWeightedColumns, kSlotBytes = kColumns * kSlotRowBytes;
-  constexpr int kM = kRows / 64, kN = 4;                                 // W: eight warps as 4×2, a warp (kRows/4)×32
-  constexpr int kWarpsDown = kRows / 32, kWarpsAcross = 8 / kWarpsDown;  // sums: a warp 32 × kWidth of every chunk
-  constexpr int kChunks = kSlice / kSlotColumns<T>, kWidth = kSlotColumns<T> / kWarpsAcross;
+  constexpr int kN = kWeightedColumns / 8, kChunks = kSlice / kSlotColumns<Math>, kWidth = kSlotColumns<Math> / 8;
 
-  const int first_row = blockIdx.x * kRows;
-  const int chunks = p.a.chunks, first_chunk = blockIdx.y * kChunks;
-  const int slice_chunks = p.partial == nullptr ? 0 : min(kChunks, chunks - first_chunk);
-  const int first_tile = blockIdx.z * p.tiles;
-  const int tiles = min(p.tiles, p.b.padded / kColumns - first_tile);
-  const int tile_steps = chunks + (p.whole ? 0 : slice_chunks), steps = tiles * tile_steps;
-  const int slots = p.whole ? chunks + 1 : 2;
-  const int warp = threadIdx.x / 32;
-
-  unsigned char* a_slots = shared_memory();
-  unsigned char* b_slots = a_slots + (p.resident ? chunks : 2) * kRows * kSlotRowBytes;
-  unsigned char* w_slots = b_slots + slots * kSlotBytes;
-
-  const auto a_slot = [&](int step) {
-    return a_slots + (p.resident ? step % tile_steps : step % 2) * kRows * kSlotRowBytes;
-  };
-  const auto b_slot = [&](int step) { return b_slots + step % slots * kSlotBytes; };
-  const auto prefetch = [&](int step) {
-    const int tile = step / tile_steps, at = step % tile_steps;
-    const int first_column = (first_tile + tile) * kColumns;
-    if (at < chunks && (!p.resident || tile == 0)) load_slot<kRows>(a_slot(step), p.a.data, chunks, first_row, at);
-    load_slot<kColumns>(b_slot(step), p.b.data, chunks, first_column, at < chunks ? at : first_chunk + at - chunks);
-    if (at == 0) weigh.prefetch(tile, first_row, first_column);
-    cp_async_commit();
-  };
-  int step = 0;
-  const auto next_step = [&] {  // data of `step` is there; that of step + 1 is under way
-    cp_async_wait_all();
-    __syncthreads();
-    if (step + 1 < steps) prefetch(step + 1);
+  const int first_row = blockIdx.x * kTileRows, first_tile = blockIdx.z * p.tiles;
+  const int first_chunk = blockIdx.y * kChunks;
+  const int slice_chunks = p.partial == nullptr ? 0 : min(kChunks, p.a.chunks - first_chunk);
+  const int tiles = min(p.tiles, p.b.padded / kWeightedColumns - first_tile);
+  TilePipeline<kWeightedColumns> pipeline(p.a, p.b, p.slots, first_row, first_tile, tiles, first_chunk, slice_chunks);
+  const auto of_tile = [&](int tile) {
+    weigh.prefetch(tile, first_row, (first_tile + tile) * kWeightedColumns);
   };
 
-  float sums[kChunks][2][kWidth / 8][4] = {};
-  const int a_start = a_offset(warp / kWarpsAcross * 32);
-
-  prefetch(0);
+  float sums[kChunks][kWidth][4] = {};
+  pipeline.start(of_tile);
   for (int tile = 0; tile < tiles; ++tile) {
-    const int warp_row = warp / 2 * (kRows / 4), warp_column = warp % 2 * 32;
-    float x[kM][kN][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk, ++step) {
-      next_step();
-      multiply_chunk<Math>(x, a_slot(step), warp_row, b_slot(step), warp_column);
-    }
-    weigh(x, tile, first_row, (first_tile + tile) * kColumns, warp_row, warp_column);
+    float x[kN][4];
+    pipeline.template products<Math, false>(x, of_tile);
+    weigh(x, tile, first_row, (first_tile + tile) * kWeightedColumns);
+    if (p.partial == nullptr) continue;
+    Weights<Math, kN> w;
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-          const int row = warp_row + 16 * m + tile_row(2 * h), column = warp_column + 8 * n + tile_column(0);
-          unsigned char* w_slot = w_slots + column / kSlotColumns<T> * kRows * kSlotRowBytes;
-          const int in_slot = column % kSlotColumns<T>;
-          T* target = reinterpret_cast<T*>(w_slot + chunk_offset(row, in_slot / Pack<T>::kSize));
-          target[in_slot % Pack<T>::kSize] = from_float<T>(x[m][n][2 * h]);
-          target[in_slot % Pack<T>::kSize + 1] = from_float<T>(x[m][n][2 * h + 1]);
-        }
-
-    if (p.whole) __syncthreads();  // W is written; otherwise next_step() sees to it
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      if (chunk >= slice_chunks) continue;
-      if (!p.whole) next_step();
-      multiply_weights<Math, kRows, kColumns>(sums[chunk], w_slots, a_start,
-                                              b_slot(p.whole ? tile * tile_steps + first_chunk + chunk : step),
-                                              warp % kWarpsAcross * kWidth);
-      if (!p.whole) ++step;
-    }
+      for (int i = 0; i < 4; i += 2) w.set(n, i, x[n][i], x[n][i + 1]);
+    pipeline.weighted_sums(sums, w, of_tile);
   }
+  if (p.partial == nullptr) return;
 
   float* partial = p.partial + (int64_t{blockIdx.z} * p.a.padded + first_row) * p.a.padded_dim;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk) {
     if (chunk >= slice_chunks) continue;
 #pragma unroll
-    for (int m = 0; m < 2; ++m)
+    for (int n = 0; n < kWidth; ++n)
 #pragma unroll
-      for (int n = 0; n < kWidth / 8; ++n)
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = warp / kWarpsAcross * 32 + 16 * m + tile_row(2 * h);
-          const int column =
-              (first_chunk + chunk) * kSlotColumns<T> + warp % kWarpsAcross * kWidth + 8 * n + tile_column(0);
-          store_global(reinterpret_cast<float2*>(partial + int64_t{row} * p.a.padded_dim + column),
-                       float2{sums[chunk][m][n][2 * h], sums[chunk][m][n][2 * h + 1]});
-        }
+      for (int i = 0; i < 4; i += 2) {
+        const int row = warp_row() + tile_row(i);
+        const int column = (first_chunk + chunk) * kSlotColumns<Math> + 8 * n + tile_column(0);
+        store_global(reinterpret_cast<float2*>(partial + int64_t{row} * p.a.padded_dim + column),
+                     float2{sums[chunk][n][i], sums[chunk][n][i + 1]});
+      }
   }
 }
 
-/// What sums of rows are multiplied by: numbers on the device, 1 where null, and one that the host knows.
+/// run<Math, kSlice>() with the arithmetic of a type and the columns of gradient that a block has.
+template <typename Run>
+auto with_math(ProductType type, int64_t dim, const Run& run) {
+  const bool narrow = dim <= 128;
+  switch (type) {
+    case ProductType::bfloat16:
+      return narrow ? run.template operator()<BFloat16Math, 128>() : run.template operator()<BFloat16Math, 256>();
+    case ProductType::float16:
+      return narrow ? run.template operator()<Float16Math, 128>() : run.template operator()<Float16Math, 256>();
+    case ProductType::float32_as_tf32:
+      return narrow ? run.template operator()<RoundedFloat32Math, 128>()
+                    : run.template operator()<RoundedFloat32Math, 256>();
+    default:  // twice as many operands
+      return run.template operator()<Float32Math, 128>();
+  }
+}
+
+/// What sums of rows are multiplied by: numbers on the device, 1 where null, and one that the host knows. unit: of the
+/// matrix that was summed.
 struct TileFactor {
-  const float *times, *divided_by;
+  const float *times, *divided_by, *unit;
   float constant = 1.0f;
 };
 
@@ -227,7 +213,7 @@ static __global__ void __launch_bounds__(kTileThreads) tile_finish_kernel(const 
   constexpr int kSize = Pack<T>::kSize;
   const int lane = threadIdx.x % 32, row = blockIdx.x * (kTileThreads / 32) + threadIdx.x / 32;
   if (row >= p.count) return;
-  float factor = p.factor.constant;
+  float factor = p.factor.constant * unit_of(p.factor.unit);
   if (p.factor.times != nullptr) factor *= load_global(p.factor.times);
   if (p.factor.divided_by != nullptr) factor /= load_global(p.factor.divided_by);
   for (int d = lane * kSize; d < p.dim; d += 32 * kSize) {

@@ -44,6 +44,7 @@ void check_gradient(const at::Tensor& grad_loss, const at::Tensor& z1, const at:
 /// What forward and backward have in common on CUDA. Nothing here waits for the device.
 struct CudaProblem {
   at::Tensor z1, z2, temperature;
+  float known_temperature = 0;  // where it is not on the device; it gets no gradient then
   ProductType type;
   int64_t batch, dim;
   at::TensorOptions floats;
@@ -54,14 +55,18 @@ struct CudaProblem {
     TORCH_CHECK_VALUE(batch <= kInfoNceCudaMaxBatch && dim <= kInfoNceCudaMaxDim, "z1: expected at most ",
                       kInfoNceCudaMaxBatch, " rows and ", kInfoNceCudaMaxDim, " columns on CUDA, got shape ",
                       first.sizes());
-    TORCH_CHECK_VALUE(t.device() == first.device(), "temperature: expected a tensor on ", first.device(),
-                      ", got one on ", t.device());
+    TORCH_CHECK_VALUE(t.device() == first.device() || is_host_tensor(t), "temperature: expected a tensor on ",
+                      first.device(), " or the CPU, got one on ", t.device());
     z1 = first.contiguous();
     z2 = second.contiguous();
-    temperature = t.to(at::kFloat).contiguous();
+    if (is_host_tensor(t))
+      known_temperature = t.item<float>();
+    else
+      temperature = t.to(at::kFloat).contiguous();
     floats = first.options().dtype(at::kFloat).requires_grad(false);
   }
 
+  const float* temperature_data() const { return temperature.defined() ? temperature.const_data_ptr<float>() : nullptr; }
   at::Tensor workspace(int64_t bytes) const { return at::empty({bytes}, floats.dtype(at::kByte)); }
   float mean_factor(const std::string& reduction) const {
     return reduction == "mean" ? static_cast<float>(0.5 / static_cast<double>(batch)) : 1.0f;
@@ -79,7 +84,8 @@ std::tuple<at::Tensor, at::Tensor> forward_cuda(const CudaProblem& problem, cons
   params.dim = problem.dim;
   params.z1 = problem.z1.const_data_ptr();
   params.z2 = problem.z2.const_data_ptr();
-  params.temperature = problem.temperature.const_data_ptr<float>();
+  params.temperature = problem.temperature_data();
+  params.known_temperature = problem.known_temperature;
   params.workspace = workspace.data_ptr();
   params.loss = loss.data_ptr<float>();
   params.lse = lse.data_ptr<double>();
@@ -93,7 +99,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(const CudaProblem& 
                                                              const at::Tensor& lse, const std::string& reduction) {
   const auto lse_rows = lse.contiguous(), grad = grad_loss.to(at::kFloat).contiguous();
   const auto grad_z1 = at::empty_like(problem.z1), grad_z2 = at::empty_like(problem.z2);
-  const auto grad_temperature = at::empty({}, problem.floats);
+  const bool known = !problem.temperature.defined();
+  const auto grad_temperature = known ? at::zeros({}, at::kFloat) : at::empty({}, problem.floats);
   const auto workspace = problem.workspace(info_nce_backward_workspace_bytes(problem.type, problem.batch, problem.dim));
 
   InfoNceBackwardCudaParams params{};
@@ -102,7 +109,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(const CudaProblem& 
   params.dim = problem.dim;
   params.z1 = problem.z1.const_data_ptr();
   params.z2 = problem.z2.const_data_ptr();
-  params.temperature = problem.temperature.const_data_ptr<float>();
+  params.temperature = problem.temperature_data();
+  params.known_temperature = problem.known_temperature;
   params.lse = lse_rows.const_data_ptr<double>();
   params.grad_loss = grad.const_data_ptr<float>();
   params.grad_loss_stride = reduction == "none" ? 1 : 0;
@@ -110,7 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_cuda(const CudaProblem& 
   params.workspace = workspace.data_ptr();
   params.grad_z1 = grad_z1.data_ptr();
   params.grad_z2 = grad_z2.data_ptr();
-  params.grad_temperature = grad_temperature.data_ptr<float>();
+  params.grad_temperature = known ? nullptr : grad_temperature.data_ptr<float>();
   launch_info_nce_backward_cuda(params, problem.scope.stream());
   return {grad_z1, grad_z2, grad_temperature};
 }

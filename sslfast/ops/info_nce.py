@@ -46,11 +46,15 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     check_views(z1, z2, temperature, reduction)
     if not _has_kernel(z1):
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
+    if is_plain_eager(z1, z2, *(t for t in (temperature,) if isinstance(t, Tensor))):
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(z1.device)
+        else:  # stays on the host, which saves kernels on a GPU
+            temperature = torch.full((), temperature, dtype=torch.float64)
+        return _C.nt_xent(z1, z2, temperature, reduction)  # without the dispatcher, which takes 60 µs a step
     if not isinstance(temperature, Tensor):  # on a GPU full() is a kernel, where tensor() would wait for a copy
         temperature = torch.full((), temperature, dtype=torch.float64, device=z1.device)
     temperature = temperature.to(z1.device)
-    if is_plain_eager(z1, z2, temperature):
-        return _C.nt_xent(z1, z2, temperature, reduction)  # without the dispatcher, which takes 60 µs a step
     return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
 
 

@@ -245,15 +245,21 @@ float f16_value(uint32_t word, int half) {
   const __half_raw raw{static_cast<unsigned short>(half ? word >> 16 : word & 0xFFFF)};
   return __half2float(__half(raw));
 }
-float tf32_value(uint32_t word, int) { return __uint_as_float(word & 0xFFFFE000u); }  // the hardware ignores 13 bits
 
-/// PTX ISA, "Matrix Fragments for mma.m16n8k16 / .m16n8k8": with group g = lane / 4 and t = lane % 4, register r of A
-/// holds row g + 8·(r % 2) and columns from kPerWord·t + (kK/2)·(r / 2); register r of B rows from kPerWord·t +
-/// (kK/2)·r of column g; D holds row g + 8·(r / 2), column 2·t + r % 2.
-template <int kPerWord, float (*kValue)(uint32_t, int)>
+/// Tensor cores round their sums towards zero.
+float towards_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+/// PTX ISA, "Matrix Fragments for mma.m16n8k16": with group g = lane / 4 and t = lane % 4, register r of A holds row
+/// g + 8·(r % 2) and columns from 2·t + 8·(r / 2); register r of B rows from 2·t + 8·r of column g; D holds row
+/// g + 8·(r / 2), column 2·t + r % 2.
+template <float (*kValue)(uint32_t, int)>
 void complete_mma(void* const* lanes) {
-  constexpr int kK = 8 * kPerWord;
-  float a[16][kK], b[kK][8], d[16][8] = {};
+  constexpr int kPerWord = 2, kK = 8 * kPerWord;
+  float a[16][kK], b[kK][8];
+  double d[16][8] = {};
   for (int lane = 0; lane < 32; ++lane) {
     const Mma& f = *static_cast<const Mma*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4;
@@ -264,10 +270,12 @@ void complete_mma(void* const* lanes) {
   }
   for (int m = 0; m < 16; ++m)
     for (int k = 0; k < kK; ++k)
-      for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+      for (int n = 0; n < 8; ++n) d[m][n] += static_cast<double>(a[m][k]) * b[k][n];
   for (int lane = 0; lane < 32; ++lane)
-    for (int r = 0; r < 4; ++r)
-      static_cast<const Mma*>(lanes[lane])->d[r] += d[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2];
+    for (int r = 0; r < 4; ++r) {
+      float& sum = static_cast<const Mma*>(lanes[lane])->d[r];
+      sum = towards_zero(sum + d[lane / 4 + 8 * (r / 2)][2 * (lane % 4) + r % 2]);
+    }
   machine().count->mma_flops += 2 * 16 * 8 * kK;
 }
 
@@ -489,17 +497,12 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
 
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Mma mine{d, a, b};
-  warp_collective("mma.m16n8k16.bf16", 0xFFFFFFFFu, &mine, complete_mma<2, bf16_value>);
+  warp_collective("mma.m16n8k16.bf16", 0xFFFFFFFFu, &mine, complete_mma<bf16_value>);
 }
 
 void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Mma mine{d, a, b};
-  warp_collective("mma.m16n8k16.f16", 0xFFFFFFFFu, &mine, complete_mma<2, f16_value>);
-}
-
-void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  Mma mine{d, a, b};
-  warp_collective("mma.m16n8k8.tf32", 0xFFFFFFFFu, &mine, complete_mma<1, tf32_value>);
+  warp_collective("mma.m16n8k16.f16", 0xFFFFFFFFu, &mine, complete_mma<f16_value>);
 }
 
 }  // namespace cuda_emulator

@@ -89,13 +89,6 @@ void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed);
 /// d += a·b for one m16n8 tile; a, b and d are fragments as the PTX ISA lays them out.
 void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-
-/// cvt.rna.tf32: to nearest, ties away from zero.
-inline uint32_t round_to_tf32(uint32_t x) {
-  const bool finite = (x & 0x7F800000u) != 0x7F800000u;
-  return finite ? (x + 0x1000u) & 0xFFFFE000u : (x & 0x007FFFFFu) != 0 ? 0x7FFFE000u : x;
-}
 
 template <typename T>
 T load_global(const T* pointer) {

@@ -37,14 +37,14 @@ __global__ void faulty_kernel(const FaultyParams p) {
   if (i < 16) {
     cp_async_16(shared + 4 * i, p.in + 4 * i);
     cp_async_commit();
-    if (!is(Fault::missing_wait) && !is(Fault::missing_wait_at_end)) cp_async_wait_all();
+    if (!is(Fault::missing_wait) && !is(Fault::missing_wait_at_end)) cp_async_wait<0>();
   }
   if (is(Fault::different_barriers) && i == 0)
     __syncthreads();
   else if (!is(Fault::missing_barrier) && !(is(Fault::divergent_barrier) && i % 32 == 5))
     __syncthreads();
   float value = is(Fault::missing_wait_at_end) ? 0.0f : shared[63 - i];
-  if (is(Fault::missing_wait) && i < 16) cp_async_wait_all();
+  if (is(Fault::missing_wait) && i < 16) cp_async_wait<0>();
   if (is(Fault::shared_write_out_of_bounds)) shared[64 + i] = 1.0f;
   if (is(Fault::uninitialised_shared)) value = shared[64 + i];
   if (is(Fault::global_read_out_of_bounds)) value = load_global(p.in + 1 + i);
@@ -105,9 +105,8 @@ struct ProductParams {
 
 template <typename Math>
 __global__ void product_kernel(const ProductParams p) {
-  using T = typename Math::Element;
-  constexpr int kLoad = sizeof(T) == 2 ? 2 : 1, kDepth = sizeof(T) == 2 ? 16 : 8;
-  const int lane = threadIdx.x, width = p.b_by_rows ? 16 : kSlotColumns<T>;
+  using T = typename Math::Operand;
+  const int lane = threadIdx.x, width = p.b_by_rows ? 16 : 64;
   unsigned char* a = shared_memory();
   unsigned char* b = a + 16 * kSlotRowBytes;
   const auto copy = [&](unsigned char* slot, const void* matrix) {
@@ -121,21 +120,15 @@ __global__ void product_kernel(const ProductParams p) {
   copy(b, p.b);
   __syncthreads();
   float c[2][4] = {};
-  const int steps = p.b_by_rows ? 16 / kDepth : kSlotSteps;
+  const int steps = p.b_by_rows ? 1 : kSlotSteps;
   for (int step = 0; step < steps; ++step) {
-    uint32_t a_fragment[4];
+    uint32_t a_fragment[4], b_fragment[2][2];
     ldmatrix_x4(a_fragment, a + (a_offset(0) ^ step_bits(step)));
-    if (p.b_by_rows) {
-      for (int n = 0; n < 2; n += kLoad) {
-        uint32_t b_fragment[kLoad][2];
-        load_b_rows(b_fragment, b, step * kDepth, 8 * n);
-        for (int k = 0; k < kLoad; ++k) Math::product(c[n + k], a_fragment, b_fragment[k]);
-      }
-    } else {
-      uint32_t b_fragment[2][2];
+    if (p.b_by_rows)
+      load_b_rows(b_fragment, b, 0, 0);
+    else
       load_b(b_fragment, b + (b_offset(0) ^ step_bits(step)));
-      for (int n = 0; n < 2; ++n) Math::product(c[n], a_fragment, b_fragment[n]);
-    }
+    for (int n = 0; n < 2; ++n) Math::product(c[n], a_fragment, b_fragment[n]);
   }
   for (int n = 0; n < 2; ++n)
     for (int i = 0; i < 4; ++i)
@@ -182,8 +175,6 @@ void run_matrix_product(const std::string& math, const void* a, const void* b, b
   const LaunchConfig config = {"product", 1, 32, 32 * kSlotRowBytes, nullptr};
   if (math == "bfloat16") launch(product_kernel<BFloat16Math>, config, params);
   if (math == "float16") launch(product_kernel<Float16Math>, config, params);
-  if (math == "tf32") launch(product_kernel<Tf32Math>, config, params);
-  if (math == "tf32x3") launch(product_kernel<Tf32x3Math>, config, params);
 }
 
 }  // namespace sslfast

@@ -161,7 +161,7 @@ __device__ __forceinline__ void stage_rows(const Source& s, const Work& work, in
     }
   }
   cp_async_commit();
-  cp_async_wait_all();
+  cp_async_wait<0>();
 }
 
 /// The crop, resized and flipped, for the pixels of the region.

@@ -21,7 +21,8 @@ struct InfoNceForwardCudaParams {
   int64_t batch, dim;
   const void* z1;            // (batch, dim)
   const void* z2;            // (batch, dim)
-  const float* temperature;  // 1: read by the kernels, so that the host never waits
+  const float* temperature;  // 1: read by the kernels, so that the host never waits; or nullptr, and
+  float known_temperature;   // this
   void* workspace;           // scratch: info_nce_forward_workspace_bytes()
   float* loss;               // out: (2·batch)
   double* lse;               // out: (2·batch)
@@ -34,7 +35,8 @@ struct InfoNceBackwardCudaParams {
   int64_t batch, dim;
   const void* z1;
   const void* z2;
-  const float* temperature;
+  const float* temperature;  // as in forward
+  float known_temperature;
   const double* lse;         // (2·batch)
   const float* grad_loss;    // (2·batch), or one value for all rows if grad_loss_stride is 0
   int64_t grad_loss_stride;  // 1 or 0
@@ -42,7 +44,7 @@ struct InfoNceBackwardCudaParams {
   void* workspace;           // scratch: info_nce_backward_workspace_bytes()
   void* grad_z1;             // out, type: (batch, dim)
   void* grad_z2;             // out, type: (batch, dim)
-  float* grad_temperature;   // out: 1
+  float* grad_temperature;   // out: 1; or nullptr
 };
 
 int64_t info_nce_forward_workspace_bytes(ProductType type, int64_t batch, int64_t dim);

@@ -6,8 +6,8 @@
 //             sum of each of its rows, and if wanted of each column of a tile. Without keys only tiles on and above the
 //             diagonal: their columns are rows too
 //   combine   the partial sums of every row, or column, in a fixed order → lse
-//   backward  a block owns rows I (kRows of them) and kSlice columns of their gradient and visits 64 rows J after the
-//             other: Q_I·K_Jᵀ → W_IJ → shared memory → dQ_I += W_IJ·K_J. The gradient of the keys is the same with the
+//   backward  csrc/common/weighted_rows.cuh: a block owns 128 rows I and kSlice columns of their gradient and visits 64
+//             rows J after the other: Q_I·K_Jᵀ → W_IJ → dQ_I += W_IJ·K_J. The gradient of the keys is the same with the
 //             two exchanged; without keys one launch does both
 //   finish    sums what several blocks found of a row, times the scale
 //
@@ -32,14 +32,22 @@ using Problem = SimilarityLseCudaProblem;
 
 /// A packed matrix, and the pairs that its rows leave out.
 struct Matrix : PackedMatrix {
-  const int64_t* exclude;  // (count, exclude_count), or null
+  const int64_t* exclude;        // (count, exclude_count), or null
+  float *scratch, *unit;  // of MatrixUnit
 };
 
-Matrix matrix_of(ProductType type, int64_t count, int64_t dim) { return {packed_matrix(type, count, dim), nullptr}; }
+Matrix take_matrix(ProductType type, int64_t count, int64_t dim, Workspace& workspace) {
+  Matrix m = {packed_matrix(type, count, dim), nullptr, nullptr, nullptr};
+  m.data = workspace.take<char>(packed_bytes(m));
+  const MatrixUnit unit(type, workspace);
+  m.scratch = unit.scratch;
+  m.unit = unit.unit;
+  return m;
+}
 
-template <typename T>
+template <typename Math>
 void launch_pack(const Matrix& m, const void* source, int64_t dim, cudaStream_t stream) {
-  launch_tile_pack<T>("similarity_lse_pack", m, source, dim, stream);
+  launch_tile_pack<Math>("similarity_lse_pack", m, source, dim, m.scratch, stream);
 }
 
 /// The pairs of a tile that are left out, as bits of the accumulator's elements: of the sums of its rows, and of its
@@ -50,33 +58,30 @@ struct Excluded {
 };
 
 /// Between queries and keys a pair that a row leaves out is out of both sums; among queries it is out of the row's own.
-template <int kM, int kN, int kTileRows, int kTileColumns, typename Bits>
+template <int kN, typename Bits>
 __device__ __forceinline__ Excluded<Bits> find_excluded(const Matrix& a, const Matrix& b, int exclude_count,
-                                                        int first_row, int first_column, int warp_row,
-                                                        int warp_column) {
+                                                        int first_row, int first_column) {
   Excluded<Bits> out;
   if (a.exclude != nullptr)
-    for (int at = 0; at < 2 * kM; ++at) {
-      const int row = warp_row + 16 * (at / 2) + tile_row(2 * (at % 2));
-      for (int e = 0; e < exclude_count && first_row + row < a.count; ++e) {
-        const int64_t column = load_global(a.exclude + int64_t{first_row + row} * exclude_count + e) - first_column;
-        if (column < 0 || column >= kTileColumns) continue;
+    for (int h = 0; h < 2; ++h) {
+      const int row = first_row + warp_row() + tile_row(2 * h);
+      for (int e = 0; e < exclude_count && row < a.count; ++e) {
+        const int64_t column = load_global(a.exclude + int64_t{row} * exclude_count + e) - first_column;
+        if (column < 0 || column >= 8 * kN) continue;
 #pragma unroll
-        for (int i = 0; i < kM * kN * 4; ++i)
-          if (i / (4 * kN) * 2 + i % 4 / 2 == at && warp_column + i / 4 % kN * 8 + tile_column(i) == column)
-            out.by_rows |= Bits{1} << i;
+        for (int i = 0; i < kN * 4; ++i)
+          if (i % 4 / 2 == h && i / 4 * 8 + tile_column(i) == column) out.by_rows |= Bits{1} << i;
       }
     }
   if (b.exclude != nullptr)
     for (int at = 0; at < 2 * kN; ++at) {
-      const int column = warp_column + 8 * (at / 2) + tile_column(at % 2);
-      for (int e = 0; e < exclude_count && first_column + column < b.count; ++e) {
-        const int64_t row = load_global(b.exclude + int64_t{first_column + column} * exclude_count + e) - first_row;
+      const int column = first_column + 8 * (at / 2) + tile_column(at % 2);
+      for (int e = 0; e < exclude_count && column < b.count; ++e) {
+        const int64_t row = load_global(b.exclude + int64_t{column} * exclude_count + e) - first_row;
         if (row < 0 || row >= kTileRows) continue;
 #pragma unroll
-        for (int i = 0; i < kM * kN * 4; ++i)
-          if (i / 4 % kN * 2 + i % 2 == at && warp_row + i / (4 * kN) * 16 + tile_row(i % 4) == row)
-            out.by_columns |= Bits{1} << i;
+        for (int i = 0; i < kN * 4; ++i)
+          if (i / 4 * 2 + i % 2 == at && warp_row() + tile_row(i % 4) == row) out.by_columns |= Bits{1} << i;
       }
     }
   if (a.exclude == nullptr || b.exclude == nullptr) out.by_rows = out.by_columns = out.by_rows | out.by_columns;
@@ -111,144 +116,159 @@ struct ForwardParams {
   const float* scale;
   const float *row_bias, *column_bias;  // (padded)
   int run;                              // tiles of a block
-  bool resident;                        // all chunks of Q_I stay in shared memory
+  SlotPlan slots;
   float *row_max, *row_sum;             // [slots][padded]; with symmetry slot k < I of row block I is from the columns
                                         // of tile (k, I)
   float *column_max, *column_sum;       // [row blocks][padded], or with symmetry those of the rows
 };
 
-constexpr int kForwardSlotBytes = kBlock * kSlotRowBytes;
+/// Behind the slots: sums of columns by the eight warps, biases of the columns of tiles under way, and of the rows.
+constexpr int64_t kForwardSumsBytes = kThreads / 32 * kBlock * int64_t{sizeof(MaxSum)};
+constexpr int64_t kForwardMoreBytes = kForwardSumsBytes + (kTileBuffers + 1) * kBlock * int64_t{sizeof(float)};
 
-int64_t forward_shared_bytes(int chunks, bool resident) {
-  return ((resident ? chunks : 2) + 2) * kForwardSlotBytes + 3 * kBlock * int64_t{sizeof(float)};
+/// Two, so that one computes exponentials while the other multiplies, where there are registers for it.
+template <typename Math, bool kGeneral>
+inline constexpr int kForwardBlocksPerSm = SSLFAST_WGMMA && Math::kParts == 1 && !kGeneral ? 2 : 1;
+
+/// What products of packed rows are multiplied by.
+__device__ __forceinline__ float log2_scale(const float* scale, const float* row_unit, const float* column_unit) {
+  return load_global(scale) * kLog2E * (unit_of(row_unit) * unit_of(column_unit));
 }
 
-/// So that one computes exponentials while the other multiplies; three products for one take more registers.
-template <typename Math>
-inline constexpr int kForwardBlocksPerSm = sizeof(typename Math::Element) == 2 ? 2 : 1;
+/// Exponentials of one tile and one warp can share their maximum where all logits are this close (to base 2).
+constexpr float kSharedRange = 100.0f;
 
-__device__ __forceinline__ float log2_scale(const float* scale) { return load_global(scale) * kLog2E; }
-
-/// Block (I, k): tiles (I, first + k·run …), first = I with symmetry. Eight warps as 4×2, a warp 32×64 elements of a
-/// tile.
-template <typename Math, bool kWithColumns>
-__global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math>))
-    similarity_lse_forward_kernel(const ForwardParams p) {
-  constexpr int kM = 2, kN = 8;
-  const int blocks = p.b.padded / kBlock;
-  const int block_i = blockIdx.x, first_j = (p.symmetric ? block_i : 0) + blockIdx.y * p.run;
-  if (first_j >= blocks) return;
-  const int tiles = min(p.run, blocks - first_j), chunks = p.a.chunks, steps = tiles * chunks;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / 2 * 32, warp_column = warp % 2 * 64, first_row = block_i * kBlock;
-  const float scale2 = log2_scale(p.scale);
-
-  unsigned char* a_slots = shared_memory();
-  unsigned char* b_slots = a_slots + (p.resident ? chunks : 2) * kForwardSlotBytes;
-  float* column_bias = reinterpret_cast<float*>(b_slots + 2 * kForwardSlotBytes);  // [2][kBlock]: of two tiles
-  float* row_bias = column_bias + 2 * kBlock;                                      // [kBlock]
-  MaxSum* row_sums = reinterpret_cast<MaxSum*>(b_slots);                           // [2][kBlock], after the last tile
-
-  const auto a_slot = [&](int step) { return a_slots + (p.resident ? step % chunks : step % 2) * kForwardSlotBytes; };
-  const auto b_slot = [&](int step) { return b_slots + step % 2 * kForwardSlotBytes; };
-  const auto prefetch = [&](int step) {
-    const int tile = step / chunks, chunk = step % chunks, first_column = (first_j + tile) * kBlock;
-    if (!p.resident || tile == 0) load_slot<kBlock>(a_slot(step), p.a.data, chunks, first_row, chunk);
-    load_slot<kBlock>(b_slot(step), p.b.data, chunks, first_column, chunk);
-    const int at = 4 * threadIdx.x;
-    if (chunk == 0 && at < kBlock) cp_async_16(column_bias + tile % 2 * kBlock + at, p.column_bias + first_column + at);
-    if (step == 0 && at < kBlock) cp_async_16(row_bias + at, p.row_bias + first_row + at);
-    cp_async_commit();
-  };
-
-  MaxSum row[kM][2];
+/// The sums of a tile's columns over the 16 rows of this warp → sums[column]. x: logits without bias, to base 2.
+__device__ __forceinline__ void column_sums_of_warp(const float (&x)[16][4], const float (&row_bias)[2],
+                                                    uint64_t left_out, MaxSum* sums) {
+  constexpr int kN = 16;
+  const int lane = threadIdx.x % 32;
+  float most = kMasked, least = left_out == 0 ? -kMasked : kMasked;
 #pragma unroll
-  for (int m = 0; m < kM; ++m) row[m][0] = row[m][1] = {kMasked, 0.0f};
-
-  prefetch(0);
-  for (int tile = 0; tile < tiles; ++tile) {
-    const int block_j = first_j + tile, first_column = block_j * kBlock;
-    float x[kM][kN][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int step = tile * chunks + chunk;
-      cp_async_wait_all();
-      __syncthreads();
-      if (step + 1 < steps) prefetch(step + 1);
-      multiply_chunk<Math>(x, a_slot(step), warp_row, b_slot(step), warp_column);
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float y = x[n][i] + row_bias[i / 2];
+      most = fmaxf(most, y);
+      least = fminf(least, y);
     }
-
-    auto out = find_excluded<kM, kN, kBlock, kBlock, uint64_t>(p.a, p.b, p.exclude_count, first_row, first_column,
-                                                               warp_row, warp_column);
-    const bool diagonal = p.symmetric && block_i == block_j;
-    const float* bias = column_bias + tile % 2 * kBlock + warp_column;
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int r = warp_row + 16 * m + tile_row(2 * h);
-        float most = row[m][h].max, sum = 0.0f;
-        float y[2 * kN];
-#pragma unroll
-        for (int k = 0; k < 2 * kN; ++k) {
-          const int n = k / 2, e = k % 2, column = 8 * n + tile_column(e);
-          x[m][n][2 * h + e] *= scale2;
-          const bool left_out =
-              out.by_rows >> ((m * kN + n) * 4 + 2 * h + e) & 1 || (diagonal && r == warp_column + column);
-          y[k] = left_out ? kMasked : x[m][n][2 * h + e] + bias[column];
-          most = fmaxf(most, y[k]);
-        }
-#pragma unroll
-        for (int k = 0; k < 2 * kN; ++k) sum += fast_exp2(y[k] - most);
-        row[m][h] = {most, row[m][h].sum * fast_exp2(row[m][h].max - most) + sum};
-      }
-    if (!kWithColumns || diagonal) continue;  // on the diagonal its rows are its columns
-
-    // Four sums of each column take the place of the chunk of K_J that all have done with.
-    MaxSum* column_sums = reinterpret_cast<MaxSum*>(b_slot(tile * chunks + chunks - 1));  // [4][kBlock]
-    __syncthreads();
+  for (int other = 1; other < 32; other *= 2) {
+    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, other));
+    least = fminf(least, __shfl_xor_sync(0xFFFFFFFFu, least, other));
+  }
+  if (most - least <= kSharedRange) {  // not where there is a NaN
+    float c[kN][2];
 #pragma unroll
     for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        MaxSum column = {kMasked, 0.0f};
-        float y[2 * kM];
+      for (int e = 0; e < 2; ++e)
+        c[n][e] = fast_exp2(x[n][e] + (row_bias[0] - most)) + fast_exp2(x[n][2 + e] + (row_bias[1] - most));
+    sum_columns(c);
 #pragma unroll
-        for (int k = 0; k < 2 * kM; ++k) {
-          const int m = k / 2, h = k % 2;
-          const bool left_out = out.by_columns >> ((m * kN + n) * 4 + 2 * h + e) & 1;
-          y[k] = left_out ? kMasked : x[m][n][2 * h + e] + row_bias[warp_row + 16 * m + tile_row(2 * h)];
-          column.max = fmaxf(column.max, y[k]);
-        }
+    for (int k = 0; k < 2; ++k)
 #pragma unroll
-        for (int k = 0; k < 2 * kM; ++k) column.sum += fast_exp2(y[k] - column.max);
+      for (int e = 0; e < 2; ++e) sums[8 * (lane / 4 * 2 + k) + tile_column(e)] = {most, c[k][e]};
+    return;
+  }
 #pragma unroll
-        for (int other = 4; other < 32; other *= 2) column = merge(column, shuffle_xor(column, other));
-        if (lane < 4) column_sums[warp / 2 * kBlock + warp_column + 8 * n + tile_column(e)] = column;
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      float y[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        y[h] = left_out >> (4 * n + 2 * h + e) & 1 ? kMasked : x[n][2 * h + e] + row_bias[h];
+      MaxSum column = merge(MaxSum{y[0], 1.0f}, MaxSum{y[1], 1.0f});
+#pragma unroll
+      for (int other = 4; other < 32; other *= 2) column = merge(column, shuffle_xor(column, other));
+      if (lane < 4) sums[8 * n + tile_column(e)] = column;
+    }
+}
+
+/// Block (I, k): tiles (I, first + k·run …), first = I with symmetry. Only if kGeneral are there sums of columns,
+/// symmetry and pairs left out.
+template <typename Math, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kGeneral>))
+    similarity_lse_forward_kernel(const ForwardParams p) {
+  constexpr int kN = kBlock / 8;
+  const int blocks = p.b.padded / kBlock;
+  const int block_i = blockIdx.x, first_j = (p.symmetric ? block_i : 0) + blockIdx.y * p.run;
+  if (first_j >= blocks) return;
+  const int tiles = min(p.run, blocks - first_j), first_row = block_i * kBlock;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float scale2 = log2_scale(p.scale, p.a.unit, p.b.unit);
+
+  MaxSum* column_sums = reinterpret_cast<MaxSum*>(shared_memory() + p.slots.bytes);  // [8][kBlock]
+  float* column_bias = reinterpret_cast<float*>(column_sums + kThreads / 32 * kBlock);  // [kTileBuffers][kBlock]
+  float* all_row_bias = column_bias + kTileBuffers * kBlock;                            // [kBlock]
+  const auto of_tile = [&](int tile) {
+    const int at = 4 * threadIdx.x;
+    if (at >= kBlock) return;
+    cp_async_16(column_bias + tile % kTileBuffers * kBlock + at, p.column_bias + (first_j + tile) * kBlock + at);
+    if (tile == 0) cp_async_16(all_row_bias + at, p.row_bias + first_row + at);
+  };
+  TilePipeline<kBlock> pipeline(p.a, p.b, p.slots, first_row, first_j, tiles);
+
+  MaxSum row[2] = {{kMasked, 0.0f}, {kMasked, 0.0f}};
+  pipeline.start(of_tile);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int block_j = first_j + tile, first_column = block_j * kBlock;
+    float x[kN][4];
+    pipeline.template products<Math, false>(x, of_tile);
+
+    const bool diagonal = kGeneral && p.symmetric && block_i == block_j;
+    Excluded<uint64_t> out;
+    const float* bias = column_bias + tile % kTileBuffers * kBlock;
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[n][i] *= scale2;
+    const auto add_rows = [&]<bool kWithout>(std::bool_constant<kWithout>) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float most = row[h].max, sum = 0.0f;
+        const auto logit = [&](int n, int e) {
+          const float y = x[n][2 * h + e] + bias[8 * n + tile_column(e)];
+          return kWithout && (out.by_rows >> (4 * n + 2 * h + e) & 1) ? kMasked : y;
+        };
+#pragma unroll
+        for (int k = 0; k < 2 * kN; ++k) most = fmaxf(most, logit(k / 2, k % 2));
+#pragma unroll
+        for (int k = 0; k < 2 * kN; ++k) sum += fast_exp2(logit(k / 2, k % 2) - most);
+        row[h] = {most, row[h].sum * fast_exp2(row[h].max - most) + sum};
       }
+    };
+    if (kGeneral && (p.a.exclude != nullptr || p.b.exclude != nullptr || diagonal)) {
+      out = find_excluded<kN, uint64_t>(p.a, p.b, p.exclude_count, first_row, first_column);
+#pragma unroll
+      for (int i = 0; i < 4 * kN && diagonal; ++i)
+        if (warp_row() + tile_row(i % 4) == i / 4 * 8 + tile_column(i)) out.by_rows |= uint64_t{1} << i;
+      add_rows(std::true_type());
+    } else {
+      add_rows(std::false_type());
+    }
+    if (!kGeneral || diagonal || p.column_max == nullptr) continue;  // on the diagonal its rows are its columns
+
+    const float row_bias[2] = {all_row_bias[warp_row() + tile_row(0)], all_row_bias[warp_row() + tile_row(2)]};
+    column_sums_of_warp(x, row_bias, out.by_columns, column_sums + warp * kBlock);
     __syncthreads();
     if (threadIdx.x < kBlock) {
       MaxSum sum = column_sums[threadIdx.x];
-      for (int w = 1; w < 4; ++w) sum = merge(sum, column_sums[w * kBlock + threadIdx.x]);
+      for (int w = 1; w < kThreads / 32; ++w) sum = merge(sum, column_sums[w * kBlock + threadIdx.x]);
       const int64_t at = int64_t{block_i} * p.b.padded + first_column + threadIdx.x;
       store_global(p.column_max + at, sum.max);
       store_global(p.column_sum + at, sum.sum);
     }
   }
 
-  __syncthreads();
 #pragma unroll
-  for (int m = 0; m < kM; ++m)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      MaxSum sum = merge(row[m][h], shuffle_xor(row[m][h], 1));
-      sum = merge(sum, shuffle_xor(sum, 2));
-      if (lane % 4 == 0) row_sums[warp % 2 * kBlock + warp_row + 16 * m + tile_row(2 * h)] = sum;
-    }
-  __syncthreads();
-  if (threadIdx.x < kBlock) {
-    const MaxSum sum = merge(row_sums[threadIdx.x], row_sums[kBlock + threadIdx.x]);
+  for (int h = 0; h < 2; ++h) {
+    MaxSum sum = merge(row[h], shuffle_xor(row[h], 1));
+    sum = merge(sum, shuffle_xor(sum, 2));
+    if (lane % 4 != 0) continue;
     const int slot = (p.symmetric ? block_i : 0) + static_cast<int>(blockIdx.y);
-    const int64_t at = int64_t{slot} * p.a.padded + first_row + threadIdx.x;
+    const int64_t at = int64_t{slot} * p.a.padded + first_row + warp_row() + tile_row(2 * h);
     store_global(p.row_max + at, sum.max);
     store_global(p.row_sum + at, sum.sum);
   }
@@ -282,6 +302,7 @@ struct ForwardLayout {
   ForwardParams forward;
   CombineParams rows, columns;
   float *row_bias, *column_bias;
+  bool general;
   int64_t workspace_bytes;
 };
 
@@ -290,21 +311,20 @@ ForwardLayout forward_layout(const SimilarityLseForwardCudaParams& p) {
   ForwardLayout layout = {};
   ForwardParams& f = layout.forward;
   f.symmetric = q.key_data == nullptr;
-  f.a = matrix_of(q.type, q.rows, q.dim);
-  f.b = matrix_of(q.type, q.keys, q.dim);
+  Workspace workspace{static_cast<char*>(q.workspace)};
+  f.a = take_matrix(q.type, q.rows, q.dim, workspace);
+  f.b = f.symmetric ? f.a : take_matrix(q.type, q.keys, q.dim, workspace);
   f.a.exclude = q.exclude;
   f.b.exclude = f.symmetric ? q.exclude : nullptr;
   f.exclude_count = q.exclude_count;
   f.scale = q.scale;
-  f.resident = forward_shared_bytes(f.a.chunks, true) <= static_cast<int64_t>(kMaxSharedBytes);
+  layout.general = f.symmetric || p.lse_columns != nullptr || q.exclude != nullptr;
+  f.slots = plan_slots(f.a.chunks, 0, kBlock, kForwardMoreBytes, q.type != ProductType::float32 && !layout.general);
   // Longer runs where there are blocks enough to fill a GPU anyway, so that Q_I is read less often.
   const int64_t row_blocks = f.a.padded / kBlock, blocks = f.b.padded / kBlock, tiles = row_blocks * blocks;
   f.run = static_cast<int>(tiles < 2048 ? 1 : tiles < 16384 ? tiles / 2048 : 8);
   const int64_t slots = f.symmetric ? blocks : divide_up(blocks, f.run);
 
-  Workspace workspace{static_cast<char*>(q.workspace)};
-  f.a.data = workspace.take<char>(packed_bytes(f.a));
-  f.b.data = f.symmetric ? f.a.data : workspace.take<char>(packed_bytes(f.b));
   f.row_bias = layout.row_bias = workspace.take<float>(f.a.padded);
   f.column_bias = layout.column_bias = f.symmetric ? layout.row_bias : workspace.take<float>(f.b.padded);
   f.row_max = workspace.take<float>(slots * f.a.padded);
@@ -332,20 +352,19 @@ void launch_combine(const CombineParams& p, cudaStream_t stream) {
 
 template <typename Math>
 void launch_forward(const SimilarityLseForwardCudaParams& p, cudaStream_t stream) {
-  using T = typename Math::Element;
   const Problem& q = p.problem;
   const ForwardLayout layout = forward_layout(p);
   const ForwardParams& f = layout.forward;
-  launch_pack<T>(f.a, q.query_data, q.dim, stream);
-  if (!f.symmetric) launch_pack<T>(f.b, q.key_data, q.dim, stream);
+  launch_pack<Math>(f.a, q.query_data, q.dim, stream);
+  if (!f.symmetric) launch_pack<Math>(f.b, q.key_data, q.dim, stream);
   launch_bias(f.symmetric ? q.key_bias : nullptr, f.a, layout.row_bias, stream);
   if (!f.symmetric) launch_bias(q.key_bias, f.b, layout.column_bias, stream);
 
   const dim3 grid(static_cast<unsigned>(f.a.padded / kBlock),
                   static_cast<unsigned>(divide_up(f.b.padded / kBlock, f.run)));
-  const size_t shared_bytes = static_cast<size_t>(forward_shared_bytes(f.a.chunks, f.resident));
+  const size_t shared_bytes = static_cast<size_t>(f.slots.bytes + kForwardMoreBytes);
   const LaunchConfig config = {"similarity_lse_forward", grid, kThreads, shared_bytes, stream};
-  if (f.symmetric || p.lse_columns != nullptr)
+  if (layout.general)
     launch(similarity_lse_forward_kernel<Math, true>, config, f);
   else
     launch(similarity_lse_forward_kernel<Math, false>, config, f);
@@ -411,74 +430,94 @@ __global__ void __launch_bounds__(kThreads) similarity_lse_stats_kernel(const St
 struct BackwardParams {
   WeightedRowsParams rows;
   const int64_t *row_exclude, *column_exclude;  // or null
-  bool symmetric;
+  const float *row_unit, *column_unit;          // of the matrices, or null
+  bool symmetric, by_rows, by_columns;          // whose sums there are gradients of
   int exclude_count;
   const float* scale;
   const RowStats *row_stats, *column_stats;  // (padded)
   float* dots;                               // [splits][row blocks]: Σ W·⟨a, b⟩ of the block, times the gradient scale
 };
 
-template <int kRows>
-constexpr int64_t kStatsBytes = (kRows + 2 * kWeightedColumns) * static_cast<int64_t>(sizeof(RowStats));
+constexpr int64_t kStatsBytes = (kTileRows + kTileBuffers * kWeightedColumns) * int64_t{sizeof(RowStats)};
 
 /// Products → W, and the sum of W·products.
-template <int kRows>
 struct SoftmaxWeights {
   static constexpr int kColumns = kWeightedColumns;
   const BackwardParams& p;
-  RowStats *row_stats, *column_stats;  // shared: [kRows], [2][kColumns]: of two tiles
+  RowStats *row_stats, *column_stats;  // shared: [kTileRows], [kTileBuffers][kColumns]
   float scale2, dot = 0.0f;
 
-  __device__ __forceinline__ SoftmaxWeights(const BackwardParams& params, unsigned char* shared)
+  __device__ __forceinline__ explicit SoftmaxWeights(const BackwardParams& params)
       : p(params),
-        row_stats(reinterpret_cast<RowStats*>(shared)),
-        column_stats(row_stats + kRows),
-        scale2(log2_scale(params.scale)) {}
+        row_stats(reinterpret_cast<RowStats*>(shared_memory() + params.rows.slots.bytes)),
+        column_stats(row_stats + kTileRows),
+        scale2(log2_scale(params.scale, params.row_unit, params.column_unit)) {}
 
   __device__ __forceinline__ void prefetch(int tile, int first_row, int first_column) const {
     if (threadIdx.x < kColumns)
-      cp_async_16(column_stats + tile % 2 * kColumns + threadIdx.x, p.column_stats + first_column + threadIdx.x);
-    if (tile == 0 && threadIdx.x < kRows) cp_async_16(row_stats + threadIdx.x, p.row_stats + first_row + threadIdx.x);
+      cp_async_16(column_stats + tile % kTileBuffers * kColumns + threadIdx.x,
+                  p.column_stats + first_column + threadIdx.x);
+    if (tile == 0 && threadIdx.x < kTileRows)
+      cp_async_16(row_stats + threadIdx.x, p.row_stats + first_row + threadIdx.x);
   }
 
-  template <int kM, int kN>
-  __device__ __forceinline__ void operator()(float (&x)[kM][kN][4], int tile, int first_row, int first_column,
-                                             int warp_row, int warp_column) {
-    const Matrix a = {p.rows.a, p.row_exclude}, b = {p.rows.b, p.column_exclude};
-    const auto out = find_excluded<kM, kN, kRows, kColumns, uint32_t>(a, b, p.exclude_count, first_row, first_column,
-                                                                      warp_row, warp_column);
+  template <int kN>
+  __device__ __forceinline__ void operator()(float (&x)[kN][4], int tile, int first_row, int first_column) {
+    const bool diagonal =
+        p.symmetric && first_column < first_row + kTileRows && first_column + kColumns > first_row;
+    if (p.row_exclude != nullptr || p.column_exclude != nullptr || diagonal)
+      weigh<true, true, true>(x, tile, first_row, first_column);
+    else if (p.by_rows && p.by_columns)
+      weigh<true, true, false>(x, tile, first_row, first_column);
+    else if (p.by_rows)
+      weigh<true, false, false>(x, tile, first_row, first_column);
+    else
+      weigh<false, true, false>(x, tile, first_row, first_column);
+  }
+
+  /// kWithout: pairs may be left out.
+  template <bool kByRows, bool kByColumns, bool kWithout, int kN>
+  __device__ __forceinline__ void weigh(float (&x)[kN][4], int tile, int first_row, int first_column) {
+    const RowStats* columns = column_stats + tile % kTileBuffers * kColumns;
+    const RowStats rows[2] = {row_stats[warp_row() + tile_row(0)], row_stats[warp_row() + tile_row(2)]};
+    Excluded<uint32_t> out;
+    if (kWithout) {
+      const Matrix a = {p.rows.a, p.row_exclude, nullptr, nullptr}, b = {p.rows.b, p.column_exclude, nullptr, nullptr};
+      out = find_excluded<kN, uint32_t>(a, b, p.exclude_count, first_row, first_column);
+    }
 #pragma unroll
-    for (int m = 0; m < kM; ++m)
+    for (int n = 0; n < kN; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int local_row = warp_row + 16 * m + tile_row(2 * h);
-        const RowStats row = row_stats[local_row];
+      for (int e = 0; e < 2; ++e) {
+        const RowStats column = columns[8 * n + tile_column(e)];
 #pragma unroll
-        for (int n = 0; n < kN; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int local_column = warp_column + 8 * n + tile_column(e), bit = (m * kN + n) * 4 + 2 * h + e;
-            const RowStats column = column_stats[tile % 2 * kColumns + local_column];
-            const float product = x[m][n][2 * h + e];
-            float w = 0.0f;
-            if (!(p.symmetric && first_row + local_row == first_column + local_column)) {
-              if (!(out.by_rows >> bit & 1)) w += fast_exp2(fmaf(product, scale2, column.bias - row.lse2)) * row.factor;
-              if (!(out.by_columns >> bit & 1))
-                w += fast_exp2(fmaf(product, scale2, row.bias - column.lse2)) * column.factor;
-            }
-            dot += w * product;
-            x[m][n][2 * h + e] = w;
+        for (int h = 0; h < 2; ++h) {
+          const int i = 2 * h + e, bit = 4 * n + i;
+          float by_rows = 0.0f, by_columns = 0.0f;
+          if (kByRows) by_rows = fast_exp2(fmaf(x[n][i], scale2, column.bias - rows[h].lse2)) * rows[h].factor;
+          if (kByColumns) by_columns = fast_exp2(fmaf(x[n][i], scale2, rows[h].bias - column.lse2)) * column.factor;
+          if (kWithout) {
+            const bool itself =
+                p.symmetric && first_row + warp_row() + tile_row(i) == first_column + 8 * n + tile_column(e);
+            if (itself || (out.by_rows >> bit & 1)) by_rows = 0.0f;
+            if (itself || (out.by_columns >> bit & 1)) by_columns = 0.0f;
           }
+          const float w = by_rows + by_columns;
+          dot = fmaf(w, x[n][i], dot);
+          x[n][i] = w;
+        }
       }
   }
 };
 
-template <typename Math, int kRows, int kSlice>
-__global__ void __launch_bounds__(kThreads) similarity_lse_backward_kernel(const BackwardParams p) {
-  SoftmaxWeights<kRows> weights(p, shared_memory() + weighted_rows_bytes<typename Math::Element, kRows>(p.rows));
-  weighted_rows<Math, kRows, kSlice>(p.rows, weights);
+template <typename Math, int kSlice>
+__global__ void __launch_bounds__(kThreads, (kWeightedBlocksPerSm<Math, kSlice>))
+    similarity_lse_backward_kernel(const BackwardParams p) {
+  SoftmaxWeights weights(p);
+  weighted_rows<Math, kSlice>(p.rows, weights);
   __syncthreads();  // block_reduce() writes where the last chunks were
-  const float dot = block_reduce<kThreads>(weights.dot, [](float a, float b) { return a + b; });
+  const float own = weights.dot * (unit_of(p.row_unit) * unit_of(p.column_unit));
+  const float dot = block_reduce<kThreads>(own, [](float a, float b) { return a + b; });
   if (threadIdx.x == 0 && blockIdx.y == 0) store_global(p.dots + blockIdx.z * gridDim.x + blockIdx.x, dot);
 }
 
@@ -505,21 +544,19 @@ struct BackwardLayout {
   int64_t workspace_bytes;
 };
 
-template <typename T, int kRows, int kSlice>
+template <typename Math, int kSlice>
 BackwardLayout backward_layout(const SimilarityLseBackwardCudaParams& p) {
   const Problem& q = p.problem;
   const bool symmetric = q.key_data == nullptr;
   BackwardLayout layout = {};
   Workspace workspace{static_cast<char*>(q.workspace)};
-  layout.queries = matrix_of(q.type, q.rows, q.dim);
+  layout.queries = take_matrix(q.type, q.rows, q.dim, workspace);
   layout.queries.exclude = q.exclude;
-  layout.queries.data = workspace.take<char>(packed_bytes(layout.queries));
   layout.query_stats = workspace.take<RowStats>(layout.queries.padded);
   layout.keys = layout.queries;
   layout.key_stats = layout.query_stats;
   if (!symmetric) {
-    layout.keys = matrix_of(q.type, q.keys, q.dim);
-    layout.keys.data = workspace.take<char>(packed_bytes(layout.keys));
+    layout.keys = take_matrix(q.type, q.keys, q.dim, workspace);
     layout.key_stats = workspace.take<RowStats>(layout.keys.padded);
   }
   layout.gradient_scale = workspace.take<float>(1);
@@ -529,13 +566,18 @@ BackwardLayout backward_layout(const SimilarityLseBackwardCudaParams& p) {
     const Matrix &own = side == 0 ? layout.queries : layout.keys, &others = side == 0 ? layout.keys : layout.queries;
     b.row_exclude = own.exclude;
     b.column_exclude = others.exclude;
+    b.row_unit = own.unit;
+    b.column_unit = others.unit;
     b.symmetric = symmetric;
     b.exclude_count = q.exclude_count;
     b.scale = q.scale;
     b.row_stats = side == 0 ? layout.query_stats : layout.key_stats;
     b.column_stats = side == 0 ? layout.key_stats : layout.query_stats;
-    b.rows = cut_weighted_rows<T, kRows, kSlice>(own, others, kStatsBytes<kRows>);
-    const int64_t count = partial_floats(b.rows), blocks = int64_t{b.rows.splits} * (own.padded / kRows);
+    const bool columns = p.lse_columns != nullptr;
+    b.by_rows = symmetric || side == 0 || columns;
+    b.by_columns = symmetric || side == 1 || columns;
+    b.rows = cut_weighted_rows<Math, kSlice>(own, others, kStatsBytes, true, 64);
+    const int64_t count = partial_floats(b.rows), blocks = int64_t{b.rows.splits} * (own.padded / kTileRows);
     partial_count = count > partial_count ? count : partial_count;
     dots = blocks > dots ? blocks : dots;
   }
@@ -549,12 +591,12 @@ BackwardLayout backward_layout(const SimilarityLseBackwardCudaParams& p) {
   return layout;
 }
 
-template <typename Math, int kRows, int kSlice>
+template <typename Math, int kSlice>
 void launch_backward(const SimilarityLseBackwardCudaParams& p, cudaStream_t stream) {
   using T = typename Math::Element;
   const Problem& q = p.problem;
   const bool symmetric = q.key_data == nullptr;
-  const BackwardLayout layout = backward_layout<T, kRows, kSlice>(p);
+  const BackwardLayout layout = backward_layout<Math, kSlice>(p);
   launch(similarity_lse_gradient_scale_kernel,
          {"similarity_lse_gradient_scale", 1, kThreads, kReduceBytes<kThreads>, stream},
          GradientScaleParams{p.grad_lse, p.grad_columns, static_cast<int>(q.rows), static_cast<int>(q.keys),
@@ -565,33 +607,30 @@ void launch_backward(const SimilarityLseBackwardCudaParams& p, cudaStream_t stre
     launch(similarity_lse_stats_kernel, {"similarity_lse_stats", grid, kThreads, 0, stream},
            StatsParams{m.count, m.padded, bias, less_bias, lse, grad, layout.gradient_scale, stats});
   };
-  launch_pack<T>(layout.queries, q.query_data, q.dim, stream);
+  launch_pack<Math>(layout.queries, q.query_data, q.dim, stream);
   launch_stats(layout.queries, symmetric ? q.key_bias : nullptr, false, p.lse, p.grad_lse, layout.query_stats);
   if (!symmetric) {
-    launch_pack<T>(layout.keys, q.key_data, q.dim, stream);
+    launch_pack<Math>(layout.keys, q.key_data, q.dim, stream);
     launch_stats(layout.keys, q.key_bias, true, p.lse_columns, p.grad_columns, layout.key_stats);
   }
   for (int side = 0; side < (p.grad_keys == nullptr ? 1 : 2); ++side) {
     const BackwardParams& b = layout.sides[side];
-    const dim3 grid = weighted_rows_grid<kRows>(b.rows);
-    const int64_t shared_bytes = weighted_rows_bytes<T, kRows>(b.rows) + kStatsBytes<kRows>;
-    launch(similarity_lse_backward_kernel<Math, kRows, kSlice>,
+    const dim3 grid = weighted_rows_grid(b.rows);
+    const int64_t shared_bytes = b.rows.slots.bytes + kStatsBytes;
+    launch(similarity_lse_backward_kernel<Math, kSlice>,
            {"similarity_lse_backward", grid, kThreads, static_cast<size_t>(shared_bytes), stream}, b);
     const char* finish = "similarity_lse_finish";
     if (side == 0 && p.key_sum != nullptr)
-      launch_tile_finish<float>(finish, b.rows, q.dim, {nullptr, layout.gradient_scale}, p.key_sum, stream);
+      launch_tile_finish<float>(finish, b.rows, q.dim, {nullptr, layout.gradient_scale, b.column_unit}, p.key_sum, stream);
     void* out = side == 0 ? p.grad_queries : p.grad_keys;
-    if (out != nullptr) launch_tile_finish<T>(finish, b.rows, q.dim, {q.scale, layout.gradient_scale}, out, stream);
+    if (out != nullptr)
+      launch_tile_finish<T>(finish, b.rows, q.dim, {q.scale, layout.gradient_scale, b.column_unit}, out, stream);
     if (side == 0 && p.grad_scale != nullptr)
       launch(similarity_lse_scale_gradient_kernel,
              {"similarity_lse_scale_gradient", 1, kThreads, kReduceBytes<kThreads>, stream},
              ScaleGradientParams{b.dots, int64_t{grid.x} * grid.z, symmetric, layout.gradient_scale, p.grad_scale});
   }
 }
-
-// For two-byte types, two shapes of block: 128 columns of gradient for 128 rows, or 256 for 64. Floats take twice the
-// space.
-constexpr int64_t kNarrowDim = 128;
 
 }  // namespace
 
@@ -600,38 +639,17 @@ int64_t similarity_lse_forward_workspace_bytes(const SimilarityLseForwardCudaPar
 }
 
 int64_t similarity_lse_backward_workspace_bytes(const SimilarityLseBackwardCudaParams& p) {
-  if (element_bytes(p.problem.type) == 4) return backward_layout<float, 64, 256>(p).workspace_bytes;
-  return p.problem.dim <= kNarrowDim ? backward_layout<__half, 128, 128>(p).workspace_bytes
-                                     : backward_layout<__half, 64, 256>(p).workspace_bytes;
+  return with_math(p.problem.type, p.problem.dim,
+                   [&]<typename Math, int kSlice>() { return backward_layout<Math, kSlice>(p).workspace_bytes; });
 }
 
 void launch_similarity_lse_forward_cuda(const SimilarityLseForwardCudaParams& p, cudaStream_t stream) {
-  switch (p.problem.type) {
-    case ProductType::bfloat16:
-      return launch_forward<BFloat16Math>(p, stream);
-    case ProductType::float16:
-      return launch_forward<Float16Math>(p, stream);
-    case ProductType::float32:
-      return launch_forward<Tf32x3Math>(p, stream);
-    case ProductType::float32_as_tf32:
-      return launch_forward<Tf32Math>(p, stream);
-  }
+  with_math(p.problem.type, p.problem.dim, [&]<typename Math, int>() { launch_forward<Math>(p, stream); });
 }
 
 void launch_similarity_lse_backward_cuda(const SimilarityLseBackwardCudaParams& p, cudaStream_t stream) {
-  const bool narrow = p.problem.dim <= kNarrowDim;
-  switch (p.problem.type) {
-    case ProductType::bfloat16:
-      return narrow ? launch_backward<BFloat16Math, 128, 128>(p, stream)
-                    : launch_backward<BFloat16Math, 64, 256>(p, stream);
-    case ProductType::float16:
-      return narrow ? launch_backward<Float16Math, 128, 128>(p, stream)
-                    : launch_backward<Float16Math, 64, 256>(p, stream);
-    case ProductType::float32:
-      return launch_backward<Tf32x3Math, 64, 256>(p, stream);
-    case ProductType::float32_as_tf32:
-      return launch_backward<Tf32Math, 64, 256>(p, stream);
-  }
+  with_math(p.problem.type, p.problem.dim,
+            [&]<typename Math, int kSlice>() { launch_backward<Math, kSlice>(p, stream); });
 }
 
 }  // namespace sslfast
