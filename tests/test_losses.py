@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sslfast import losses
+from sslfast.losses._common import normalize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -236,6 +237,17 @@ def test_memory_bank_is_saved_and_rests_in_evaluation():
     assert torch.equal(other.bank, loss.bank)
     assert other.bank_ptr == loss.bank_ptr == 4
     assert repr(loss) == "NTXentLoss(temperature=0.2, memory_bank_size=(10, 4))"
+
+
+def test_normalize_is_that_of_torch():
+    rows = views(5, 4, torch.float64)[0]
+    rows[1], rows[2], rows[3, 2] = 0, rows[2] * 1e-13, math.nan  # two are shorter than F.normalize's eps
+    functions = normalize, lambda t: torch.nn.functional.normalize(t, dim=-1)
+    for a, b in zip(*(loss_and_grads(f, rows) for f in functions), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0, equal_nan=True)
+    third = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(normalize, third)
+    assert torch.autograd.gradgradcheck(normalize, third)
 
 
 # All of them

@@ -76,7 +76,7 @@ class ClipLoss(nn.Module):
             own = torch.arange(len(images), device=images.device)
             per_image, per_text = similarity_lse(images, texts, logit_scale, exclude=own, columns=True)
             positives = logit_scale * row_dots(images, texts)
-            loss = (F.softplus(per_image - positives) + F.softplus(per_text - positives)).mean() / 2
+            loss = F.softplus(torch.stack((per_image, per_text)) - positives).mean()
         if logit_bias is not None:
             loss = loss + 0 * logit_bias
         loss = loss.to(compute_dtype(image_features))

@@ -64,11 +64,10 @@ class DCLLoss(nn.Module):
             lse = distributed.similarity_lse(views, None, scale, exclude=partners, ring=self.ring)
         else:
             lse = similarity_lse(views, None, scale, exclude=partners)
-        positives = (row_dots(first, second) / self.temperature).repeat(2)
+        positives = row_dots(first, second)
         if self.weight_fn is not None:
-            weights = torch.cat([self.weight_fn(first, second), self.weight_fn(second, first)])
-            positives = positives * weights
-        return (lse - positives).mean().to(first.dtype)
+            positives = positives * (self.weight_fn(first, second) + self.weight_fn(second, first)) / 2
+        return (lse.mean() - positives.mean() / self.temperature).to(first.dtype)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -65,7 +65,8 @@ class SupConLoss(nn.Module):
         sorted_labels = key_labels.sort().values
         first = torch.searchsorted(sorted_labels, labels)
         count = torch.searchsorted(sorted_labels, labels, right=True) - first
-        sums = torch.zeros_like(keys).index_add(0, torch.searchsorted(sorted_labels, key_labels), keys)
+        classes = first if key_labels is labels else torch.searchsorted(sorted_labels, key_labels)
+        sums = torch.zeros_like(keys).index_add(0, classes, keys)
         positives = sums[first.clamp(max=len(keys) - 1)]
         compared = len(keys)
         if own is not None:
@@ -94,8 +95,7 @@ class SupConLoss(nn.Module):
 
     def _mean(self, losses: Tensor, positives: Tensor, negatives: Tensor) -> Tensor:
         """Over the rows that count, given how many positives and negatives each row has."""
-        all_positives, all_negatives = positives.sum(), negatives.sum()
-        usable = (all_positives > 0) & (all_negatives > 0) & ((all_positives > 1) | (all_negatives > 1))
+        usable = positives.sum().double() * negatives.sum() > 1  # there are both, and more than one of either
         counted = (positives > 0) & ~(losses <= 0) & usable
         return torch.where(counted, losses, 0).sum() / counted.sum().clamp(min=1)
 

@@ -65,7 +65,9 @@ def check_scalar(name: str, value: float | Tensor) -> None:
 
 
 def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number as a float64 tensor, or a tensor, on the device of `like`."""
+    """A number as a float64 tensor (float32 on CUDA, which is what kernels take there), or a tensor, on the device of
+    `like`."""
     if isinstance(value, Tensor):
         return value.to(like.device)
-    return torch.full((), value, dtype=torch.float64, device=like.device)
+    dtype = torch.float32 if like.is_cuda and like.dtype != torch.float64 else torch.float64
+    return torch.full((), value, dtype=dtype, device=like.device)

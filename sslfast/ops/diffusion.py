@@ -44,6 +44,8 @@ def diffusion_noise(
     shape = [int(n) for n in shape]
     if min(shape, default=1) < 0 or math.prod(shape) > MAX_NORMALS:
         raise ValueError(f"shape: expected at most {MAX_NORMALS} elements, got {tuple(shape)}")
+    if seeds.device.type in _DEVICES and is_plain_eager(seeds):
+        return _C.diffusion_noise(seeds, shape, step, dtype)
     return torch.ops.sslfast.diffusion_noise(seeds, shape, step, dtype)
 
 

@@ -36,8 +36,7 @@ def rotate4(images: Tensor) -> tuple[Tensor, Tensor]:
     if images.device.type not in _DEVICES or (on_cuda and images.dtype == torch.float64) or images.numel() == 0:
         return reference.rotate4.rotate4(images)
     if is_plain_eager(images):
-        rotated, labels = _Rotate4.apply(images)
-        return rotated, labels
+        return _Rotate4.apply(images)
     return torch.ops.sslfast.rotate4_forward(images)
 
 
@@ -97,11 +96,12 @@ class _Rotate4(torch.autograd.Function):
     def forward(ctx, images: Tensor):
         rotated, labels = _C.rotate4_forward(images)
         ctx.mark_non_differentiable(labels)
+        ctx.set_materialize_grads(False)  # of the labels
         return rotated, labels
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _labels: None):
-        return _Rotate4Backward.apply(grad)
+    def backward(ctx, grad: Tensor | None, _labels: None):
+        return None if grad is None else _Rotate4Backward.apply(grad)
 
 
 class _Rotate4Backward(torch.autograd.Function):

@@ -49,16 +49,13 @@ def sigmoid_loss(
         return reference.sigmoid_loss.sigmoid_loss(queries, keys, scale, bias, first_key)
     inputs = queries, keys, as_tensor(scale, queries), as_tensor(bias, queries)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    forward = _SigmoidLoss.apply if is_plain_eager(*inputs) else torch.ops.sslfast.sigmoid_loss_forward
-    return forward(*inputs, first_key, gradients)[0]
+    if is_plain_eager(*inputs):
+        return _SigmoidLoss.apply(*inputs, first_key, gradients)
+    return torch.ops.sslfast.sigmoid_loss_forward(*inputs, first_key, gradients)[0]
 
 
 def _has_kernel(t: Tensor) -> bool:
     return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
-
-
-def _run_forward(*inputs) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _C.sigmoid_loss_forward(*inputs)
 
 
 @torch.library.custom_op("sslfast::sigmoid_loss_forward", mutates_args=(), device_types=_DEVICES)
@@ -66,7 +63,7 @@ def _forward(
     queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, first_key: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, and the gradients of queries, keys, scale and bias; those of queries and keys empty unless asked for)."""
-    return _run_forward(queries, keys, scale, bias, first_key, gradients)
+    return _C.sigmoid_loss_forward(queries, keys, scale, bias, first_key, gradients)
 
 
 @_forward.register_fake
@@ -77,11 +74,14 @@ def _(queries, keys, scale, bias, first_key, gradients):
     return scalars[0], *matrices, *scalars[1:]
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, *gradients = output
-    ctx.save_for_backward(*gradients)
-    ctx.mark_non_differentiable(*gradients)
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[1:])
     ctx.likes = [(t.dtype, t.shape) for t in inputs[:4]]
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad_loss: Tensor, *_none):
@@ -96,12 +96,13 @@ _forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 class _SigmoidLoss(torch.autograd.Function):
-    """The same without the dispatcher, which costs tens of microseconds a step."""
+    """The same without the dispatcher, which costs tens of microseconds a step. It returns the loss alone: autograd
+    would make zeros as the gradients of other outputs."""
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+        output = _C.sigmoid_loss_forward(*inputs)
+        _save(ctx, inputs, output)
+        return output[0]
 
     backward = staticmethod(_backward)

@@ -84,9 +84,9 @@ def similarity_lse(
     key_sum = torch.is_grad_enabled() and queries.requires_grad and not any(t.requires_grad for t in others)
     key_sum = key_sum and keys is not None and not columns
     arguments = queries, keys, scale, exclude, key_bias, columns, key_sum
-    plain = is_plain_eager(*(t for t in arguments if isinstance(t, Tensor)))
-    forward = _SimilarityLse.apply if plain else torch.ops.sslfast.similarity_lse_forward
-    lse, lse_columns, _ = forward(*arguments)
+    if is_plain_eager(*(t for t in arguments if isinstance(t, Tensor))):
+        return _SimilarityLse.apply(*arguments)
+    lse, lse_columns, _ = torch.ops.sslfast.similarity_lse_forward(*arguments)
     return (lse, lse_columns) if columns else lse
 
 
@@ -125,9 +125,11 @@ def similarity_lse_backward(
         return reference.similarity_lse.similarity_lse_backward(
             queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
         )
-    grad_queries, grad_keys, grad_scale = torch.ops.sslfast.similarity_lse_backward(
-        queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
-    )
+    arguments = queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
+    given = [t for t in arguments if t is not None]
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    run = _run_backward if is_plain_eager(*given) and not needs_grad else torch.ops.sslfast.similarity_lse_backward
+    grad_queries, grad_keys, grad_scale = run(*arguments)
     return grad_queries, None if keys is None else grad_keys, grad_scale
 
 
@@ -221,12 +223,16 @@ def _(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_
     return queries.new_empty(queries.shape), grad_keys, torch.empty_like(scale)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _save(ctx, inputs, output) -> None:
     queries, keys, scale, exclude, key_bias, ctx.columns, ctx.has_key_sum = inputs
-    lse, lse_columns, key_sum = output
     # With the sum of the keys at hand, backward needs no key.
     kept_keys = None if ctx.has_key_sum else keys
-    ctx.save_for_backward(queries, kept_keys, scale, exclude, key_bias, lse, lse_columns, key_sum)
+    ctx.save_for_backward(queries, kept_keys, scale, exclude, key_bias, *output)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output)
+    _, lse_columns, key_sum = output
     ctx.mark_non_differentiable(key_sum, *(() if ctx.columns else (lse_columns,)))
 
 
@@ -249,16 +255,17 @@ _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
 
 
 class _SimilarityLse(torch.autograd.Function):
-    """The same without the dispatcher, which costs tens of microseconds a step."""
+    """The same without the dispatcher, which costs tens of microseconds a step. It returns only what has a gradient:
+    autograd would make zeros as the gradients of other outputs."""
 
     @staticmethod
     def forward(ctx, *inputs):
         output = _run_forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+        _save(ctx, inputs, output)
+        return output[:2] if ctx.columns else output[0]
 
     @staticmethod
-    def backward(ctx, grad_lse: Tensor, grad_columns: Tensor | None, _grad_key_sum: None):
+    def backward(ctx, grad_lse: Tensor, grad_columns: Tensor | None = None):
         if torch.is_grad_enabled():
             raise RuntimeError("similarity_lse has no second derivative: call it without create_graph=True")
         return _gradients(ctx, _run_backward, grad_lse, grad_columns)
