@@ -2,7 +2,9 @@
 
     python benchmarks/cuda_times.py [--device cuda] [--quick]
 
-Medians of at least a second of calls, after a warm-up, with the device waited for (torch.utils.benchmark).
+Medians of at least half a second of calls, after a warm-up, with the device waited for (torch.utils.benchmark).
+Behind a peer's time: how many times ours it is. Small problems wait for the CPU, which launches kernels; *kernels* is
+what the device itself works in ours.
 """
 
 import argparse
@@ -13,6 +15,8 @@ import diffusers
 import peers
 import torch
 import torch.nn.functional as F
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 from sslfast import ops, schedulers
@@ -24,17 +28,38 @@ def median(function: Callable[[], object], quick: bool) -> float:
     """Seconds of a call."""
     function()
     timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    return timer.blocked_autorange(min_run_time=0.01 if quick else 1.0).median
+    return timer.blocked_autorange(min_run_time=0.01 if quick else 0.5).median
+
+
+def kernel_time(function: Callable[[], object], device: str) -> float:
+    """Seconds that the device works in a call."""
+    if device != "cuda":
+        return float("nan")
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(10):
+            function()
+        torch.cuda.synchronize()
+    return sum(event.device_time for event in profiler.events() if event.device_type == DeviceType.CUDA) / 10 * 1e-6
+
+
+def race(functions: dict[str, Callable[[], object]], device: str, quick: bool) -> dict[str, float]:
+    """Seconds of a call of each, ours first, and what the device works in ours."""
+    seconds = {name: median(function, quick) for name, function in functions.items()}
+    ours = next(iter(functions))
+    return {ours: seconds.pop(ours), "kernels": kernel_time(functions[ours], device)} | seconds
 
 
 def print_table(title: str, case_names: list[str], rows: list[tuple[list, dict[str, float]]]) -> None:
-    """rows: the case, and the seconds of each peer, ours first."""
-    names = list(rows[0][1])
+    """rows: the case, and the seconds of ours, of its kernels and of each peer."""
+    names = max((list(seconds) for _, seconds in rows), key=len)
     print(f"\n{title}\n\n| {' | '.join([*case_names, *names])} |\n|{' --- |' * (len(case_names) + len(names))}")
     for case, seconds in rows:
         ours = seconds[names[0]]
         cells = [
-            f"{s * 1e3:.3g} ms" + (f", {s / ours:.1f}×" if name != names[0] else "") for name, s in seconds.items()
+            f"{seconds[name] * 1e3:.3g} ms" + (f", {seconds[name] / ours:.1f}×" if name not in names[:2] else "")
+            if name in seconds
+            else ""
+            for name in names
         ]
         print(f"| {' | '.join([*map(str, case), *cells])} |")
 
@@ -58,8 +83,9 @@ def info_nce(device: str, quick: bool) -> None:
         for batch in (64,) if quick else (512, 2048, 4096, 8192):
             views = torch.randn(2, batch, 128, device=device).to(dtype)
             z1, z2 = (view.clone().requires_grad_() for view in views)
-            seconds = {name: median(partial(loss_and_gradients, loss, z1, z2), quick) for name, loss in losses.items()}
-            rows.append(([batch, 128, name_of(dtype)], seconds))
+            chosen = losses | ({"torch.compile": peers.nt_xent_compiled()} if batch == 4096 else {})
+            steps = {name: partial(loss_and_gradients, loss, z1, z2) for name, loss in chosen.items()}
+            rows.append(([batch, 128, name_of(dtype)], race(steps, device, quick)))
     print_table("NT-Xent, forward and backward", ["batch", "dim", "dtype"], rows)
 
 
@@ -71,7 +97,8 @@ def augment(device: str, quick: bool) -> None:
         ours = SimCLRTransform(size, kernel_size=kernel_size or None, blur_p=0.5 if kernel_size else 0.0)
         kornia = peers.augment_kornia(size, 3, 1.0, kernel_size)
         functions = {"sslfast": ours, "kornia": kornia}
-        rows.append(([size, count], {name: median(partial(f, images), quick) for name, f in functions.items()}))
+        steps = {name: partial(f, images) for name, f in functions.items()}
+        rows.append(([size, count], race(steps, device, quick)))
     print_table("SimCLR's augmentation, two views", ["size", "images"], rows)
 
 
@@ -89,8 +116,8 @@ def similarity_lse(device: str, quick: bool) -> None:
             vectors = pair_of_vectors(256, 128, dtype, device)
             queue = F.normalize(torch.randn(queue_size, 128, device=device)).to(dtype)
             losses = {"sslfast": partial(moco, queue=queue), "F.cross_entropy": partial(peers.moco, queue=queue)}
-            seconds = {n: median(partial(loss_and_gradients, f, *vectors), quick) for n, f in losses.items()}
-            rows.append(([256, queue_size, 128, name_of(dtype)], seconds))
+            steps = {name: partial(loss_and_gradients, f, *vectors) for name, f in losses.items()}
+            rows.append(([256, queue_size, 128, name_of(dtype)], race(steps, device, quick)))
     print_table("MoCo's loss, forward and backward", ["batch", "queue", "dim", "dtype"], rows)
     scale = torch.tensor(10.0, device=device, requires_grad=True)
     clip = ClipLoss()
@@ -110,8 +137,11 @@ def image_text_loss(title: str, ours: Callable, open_clip: Callable, device: str
         for dtype in (torch.float32, torch.bfloat16):
             vectors = pair_of_vectors(batch, 512, dtype, device)
             losses = {"sslfast": ours, "open_clip": open_clip}
-            seconds = {n: median(partial(loss_and_gradients, f, *vectors), quick) for n, f in losses.items()}
-            rows.append(([batch, 512, name_of(dtype)], seconds))
+            if batch == 4096:
+                torch.compiler.reset()
+                losses["torch.compile"] = torch.compile(open_clip, dynamic=False)
+            steps = {name: partial(loss_and_gradients, f, *vectors) for name, f in losses.items()}
+            rows.append(([batch, 512, name_of(dtype)], race(steps, device, quick)))
     print_table(f"{title}, forward and backward", ["batch", "dim", "dtype"], rows)
 
 
@@ -119,7 +149,7 @@ def diffusion(device: str, quick: bool) -> None:
     rows = []
     for size in (8,) if quick else (32, 64):
         for case, functions in diffusion_cases(size, device).items():
-            rows.append(([case, f"64×3×{size}×{size}"], {name: median(f, quick) for name, f in functions.items()}))
+            rows.append(([case, f"64×3×{size}×{size}"], race(functions, device, quick)))
     print_table("Diffusion; the peer of the loss is F.mse_loss", ["case", "images"], rows)
 
 
@@ -164,8 +194,9 @@ def group_norm_silu(device: str, quick: bool) -> None:
                 weight, bias = torch.randn(2, channels, device=device).to(dtype)
                 x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
                 leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
-                seconds = {name: median(partial(step, f, leaves, grad), quick) for name, f in functions.items()}
-                rows.append(([f"{samples}×{channels}×{size}×{size}", name_of(dtype), name_of(layout)], seconds))
+                steps = {name: partial(step, f, leaves, grad) for name, f in functions.items()}
+                case = [f"{samples}×{channels}×{size}×{size}", name_of(dtype), name_of(layout)]
+                rows.append((case, race(steps, device, quick)))
     print_table("Group normalisation + SiLU, forward and backward", ["shape", "dtype", "layout"], rows)
 
 
@@ -175,9 +206,21 @@ def rotate4(device: str, quick: bool) -> None:
     for size in (8,) if quick else (32, 64, 128):
         for dtype in (torch.uint8, torch.float32):
             images = torch.randint(0, 256, (64, 3, size, size), device=device).to(dtype)
-            seconds = {name: median(partial(f, images), quick) for name, f in functions.items()}
-            rows.append(([f"64×3×{size}×{size}", name_of(dtype)], seconds))
+            steps = {name: partial(f, images) for name, f in functions.items()}
+            rows.append(([f"64×3×{size}×{size}", name_of(dtype)], race(steps, device, quick)))
     print_table("Four rotations", ["images", "dtype"], rows)
+
+
+def ceilings() -> str:
+    a, b = torch.randn(2, 8192, 8192, device="cuda").bfloat16()
+    c, d = torch.randn(8192, 8192, device="cuda"), torch.empty(2**28, device="cuda")
+    e = torch.empty_like(d)
+    products, floats, copies = (median(f, False) for f in (lambda: a @ b, lambda: c @ c, lambda: e.copy_(d)))
+    work = 2 * 8192**3 * 1e-12
+    return (
+        f"bfloat16 product {work / products:.0f} TFLOP/s, float32 product {work / floats:.0f} TFLOP/s, "
+        f"copy {2 * 4 * 2**28 / copies * 1e-12:.2f} TB/s"
+    )
 
 
 OPS = (info_nce, augment, similarity_lse, sigmoid_loss, diffusion, group_norm_silu, rotate4)
@@ -189,6 +232,6 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="small sizes, few calls: to see that it runs")
     arguments = parser.parse_args()
     if arguments.device == "cuda":
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {ceilings()}")
     for op in OPS:
         op(arguments.device, arguments.quick)

@@ -459,7 +459,7 @@ def test_same_bits_in_any_order_of_threads(emulator, dtype, temperature):
 @cuda_emulation.on_cuda
 @pytest.mark.parametrize(("dim", "temperature"), [(64, 0.2), (10, 0.025)])  # at 1/0.025: rows follow their own maximum
 def test_tf32_is_an_option(backend, dim, temperature):
-    """Without it float32 products are three tf32 products."""
+    """With it float32 is rounded as to tf32, without it a number is the sum of two float16 numbers."""
     z1, z2 = views(40, dim, torch.float32)
     expected = float64_reference(z1, z2, temperature)
     errors = {}

@@ -269,7 +269,7 @@ def test_same_bits_in_any_order_of_threads(emulator):
 
 @cuda_emulation.on_cuda
 def test_tf32_is_an_option(backend):
-    """Without it float32 products are three tf32 products."""
+    """With it float32 is rounded as to tf32, without it a number is the sum of two float16 numbers."""
     queries, keys = vectors(70, 40, torch.float32), vectors(150, 40, torch.float32, 1)
     expected = results(reference.sigmoid_loss.sigmoid_loss, queries.double(), keys.double(), 3.0, -2.0, 60)
     errors = {}

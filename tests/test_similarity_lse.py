@@ -358,7 +358,7 @@ def test_same_bits_in_any_order_of_threads(emulator, mode):
 @cuda_emulation.on_cuda
 @pytest.mark.parametrize("mode", MODES)
 def test_tf32_is_an_option(backend, mode):
-    """Without it float32 products are three tf32 products."""
+    """With it float32 is rounded as to tf32, without it a number is the sum of two float16 numbers."""
     queries, keys, options = problem((70, 150, 40), torch.float32, mode, 2, bias=True)
     double = (queries.double(), None if keys is None else keys.double())
     expected = results(reference.similarity_lse.similarity_lse, *double, 3.0, mode, **options)
@@ -390,3 +390,19 @@ def test_more_elements_than_fit_an_int(emulator):
     for columns in (slice(256), slice(2048, dim)):
         found, right = key_sum[-8:, columns].double(), expected[:, columns]
         assert (found - right).norm() <= 6e-3 * right.norm()
+
+
+@cuda_emulation.on_cuda
+@pytest.mark.parametrize(("of_queries", "of_keys"), [(1e12, 1e-14), (1e-20, 1e18)])
+def test_float32_of_any_size(backend, of_queries, of_keys):
+    """On CUDA float32 is two float16 numbers times a power of two."""
+    scale = 0.03 / (of_queries * of_keys)
+    queries, keys = vectors(40, 50, torch.float32) * of_queries, vectors(140, 50, torch.float32, 1) * of_keys
+    leaves = [t.clone().requires_grad_() for t in (queries, keys)]
+    double = [t.double().requires_grad_() for t in (queries, keys)]
+    lse = similarity_lse(*leaves, scale)
+    expected = reference.similarity_lse.similarity_lse(*double, scale)[0]
+    torch.testing.assert_close(lse, expected, rtol=2e-6, atol=0)
+    grads = torch.autograd.grad(lse.sum(), leaves)
+    for grad, right in zip(grads, torch.autograd.grad(expected.sum(), double), strict=True):
+        assert (grad - right).norm() <= 1e-5 * right.norm()

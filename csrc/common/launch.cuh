@@ -15,7 +15,8 @@
 
 namespace sslfast {
 
-/// The most dynamic shared memory that a block may ask for on any GPU since sm_80 (sm_86, sm_89 and sm_120 have no more).
+/// The most dynamic shared memory that a block may ask for on any GPU since sm_80 (sm_86, sm_89 and sm_120 have no
+/// more).
 inline constexpr size_t kMaxSharedBytes = 99 * 1024;
 
 /// Bytes of shared memory: what a block may have, what a multiprocessor has, and what each block takes beside its own.
@@ -60,8 +61,8 @@ inline cudaError_t allow_shared_bytes(const void* kernel, const LaunchConfig& co
   cudaError_t error = cudaGetDevice(&device);
   size_t& bytes = allowed[{kernel, device}];
   if (error != cudaSuccess || config.shared_bytes <= bytes) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(config.shared_bytes));
+  error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes));
   if (error == cudaSuccess) bytes = config.shared_bytes;
   return error;
 }

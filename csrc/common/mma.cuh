@@ -1,9 +1,10 @@
 // Tensor cores through mma.sync (sm_80). Operands are bfloat16 or float16; those of float32 data are float16 numbers
 // that add up to it (csrc/common/packed_matrix.cuh).
 //
-// Shared tiles. A "slot" is a matrix of any number of rows of 128 bytes: 64 operands. Rows are cut into eight chunks of 16 bytes, and chunk c of row r is stored at place c ^ (r % 8), so that ldmatrix, which reads
-// eight consecutive rows at one chunk, touches every bank once. It is also the order that wgmma (csrc/common/wgmma.cuh)
-// calls a swizzle of 128 bytes; for that, slots begin at multiples of 1024 bytes.
+// Shared tiles. A "slot" is a matrix of any number of rows of 128 bytes: 64 operands. Rows are cut into eight chunks of
+// 16 bytes, and chunk c of row r is stored at place c ^ (r % 8), so that ldmatrix, which reads eight consecutive rows
+// at one chunk, touches every bank once. It is also the order that wgmma (csrc/common/wgmma.cuh) calls a swizzle of 128
+// bytes; for that, slots begin at multiples of 1024 bytes.
 //
 #pragma once
 

@@ -1,8 +1,10 @@
-// Matrices as the losses' CUDA kernels multiply them: rows of whole slots (csrc/common/mma.cuh), padded with zeros, of
-// bfloat16 or float16 operands.
+// Matrices as the losses' CUDA kernels multiply them, of bfloat16 or float16 operands: 128 rows after the other, of
+// these 128 bytes of each row after the other, in the order of a slot (csrc/common/mma.cuh). So a slot is copied as it
+// is. Rows and columns are padded with zeros.
 //
-// float32 data: x = 2^e·(high + low), both float16, e one for the matrix or the row. With the largest x·2^-e about 2⁷ the
-// sum is right to 2⁻²³ of x, or 2⁻³² of the largest; products high·high + high·low + low·high lack no more than that.
+// float32 data: x = 2^e·(high + low), both float16, e one for the matrix or the row. With the largest x·2^-e about 2⁷
+// the sum is right to 2⁻²³ of x, or 2⁻³² of the largest; products high·high + high·low + low·high lack no more than
+// that.
 #pragma once
 
 #include "csrc/common/convert.cuh"
@@ -37,6 +39,11 @@ inline PackedMatrix packed_matrix(ProductType type, int64_t count, int64_t dim) 
 }
 
 inline int64_t packed_bytes(const PackedMatrix& m) { return int64_t{m.padded} * m.chunks * kSlotRowBytes; }
+
+/// Where chunk `chunk` of 128 rows begins.
+__host__ __device__ __forceinline__ int64_t packed_offset(const PackedMatrix& m, int row_block, int chunk) {
+  return (int64_t{row_block} * m.chunks + chunk) * (kPackedRows * kSlotRowBytes);
+}
 
 /// Hands out parts of the workspace, 256-byte aligned; only adds them up if there is none yet.
 struct Workspace {
@@ -89,19 +96,19 @@ __device__ __forceinline__ void load_eight(float (&x)[8], const T* row, int d, i
 template <typename Math>
 __device__ __forceinline__ void store_packed(const PackedMatrix& m, int row, int d, const float (&x)[8]) {
   using T = typename Math::Operand;
-  char* target = static_cast<char*>(m.data) + (int64_t{row} * m.chunks + d / kSlotColumns<Math>) * kSlotRowBytes +
-                 d % kSlotColumns<Math> * static_cast<int>(sizeof(T));
+  const int chunk = d / kSlotColumns<Math>, piece = d % kSlotColumns<Math> / 8;
+  char* slot = static_cast<char*>(m.data) + packed_offset(m, row / kPackedRows, chunk);
   Pack<T> pack;
 #pragma unroll
   for (int i = 0; i < 8; ++i) pack.at[i] = from_float<T>(x[i]);
-  store_pack(reinterpret_cast<T*>(target), pack);
+  store_pack(reinterpret_cast<T*>(slot + chunk_offset(row % kPackedRows, piece)), pack);
   if constexpr (Math::kParts == 2) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float high = to_float(pack.at[i]);
       pack.at[i] = from_float<T>(fabsf(high) < HUGE_VALF ? x[i] - high : 0.0f);
     }
-    store_pack(reinterpret_cast<T*>(target + kSlotRowBytes / 2), pack);
+    store_pack(reinterpret_cast<T*>(slot + chunk_offset(row % kPackedRows, piece + 4)), pack);
   }
 }
 

@@ -14,18 +14,16 @@ inline constexpr double kLog2EDouble = 1.4426950408889634, kLn2Double = 0.693147
 inline constexpr float kLog2E = kLog2EDouble, kLn2 = kLn2Double;
 inline constexpr float kMasked = -1e30f;  // a logit that counts for nothing
 
-/// Starts copying chunk `chunk` of kRows rows of packed data, `chunks` slots wide, from row `first` into a slot: 32
-/// rows at a time, 128 bytes of each.
+/// Starts copying chunk `chunk` of packed rows kRows·tile… into a slot.
 template <int kRows>
-__device__ __forceinline__ void load_slot(unsigned char* slot, const void* data, int chunks, int first, int chunk) {
-  static_assert(kTileThreads == 32 * 8);
-  const int row = threadIdx.x / 8;
-  const int64_t row_bytes = int64_t{chunks} * kSlotRowBytes;
-  const char* source =
-      static_cast<const char*>(data) + (first + row) * row_bytes + chunk * kSlotRowBytes + threadIdx.x % 8 * 16;
-  unsigned char* target = slot + chunk_offset(row, threadIdx.x % 8);
+__device__ __forceinline__ void load_slot(unsigned char* slot, const PackedMatrix& m, int tile, int chunk) {
+  static_assert(kPackedRows % kRows == 0);
+  constexpr int kTiles = kPackedRows / kRows;
+  const char* source = static_cast<const char*>(m.data) + packed_offset(m, tile / kTiles, chunk) +
+                       tile % kTiles * (kRows * kSlotRowBytes) + 16 * threadIdx.x;
+  unsigned char* target = slot + 16 * threadIdx.x;
 #pragma unroll
-  for (int rows = 0; rows < kRows; rows += 32) cp_async_16(target + rows * kSlotRowBytes, source + rows * row_bytes);
+  for (int at = 0; at < kRows * kSlotRowBytes; at += 16 * kTileThreads) cp_async_16(target + at, source + at);
 }
 
 // A tile of products has kTileRows rows, 16 of each warp. Its accumulators are acc[n][i]: row warp_row() + tile_row(i),
@@ -34,14 +32,26 @@ __device__ __forceinline__ void load_slot(unsigned char* slot, const void* data,
 /// Where this warp's rows begin in a tile.
 __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 * 16; }
 
+template <int kN>
+__device__ __forceinline__ void clear(float (&acc)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+}
+
 /// The products of a chunk: of step `of_a` of A and `of_b` of B.
 template <typename Math>
 struct ChunkProducts {
   static constexpr int kSteps = kSlotSteps / Math::kParts;  // of the high halves, or of all
   static constexpr int kCount = (2 * Math::kParts - 1) * kSteps;
   /// Product i; low·high, high·low and high·high follow each other.
-  __device__ static __forceinline__ int of_a(int i) { return i % kSteps + (Math::kParts == 2 && i < kSteps ? kSteps : 0); }
-  __device__ static __forceinline__ int of_b(int i) { return i % kSteps + (i >= kSteps && i < 2 * kSteps && Math::kParts == 2 ? kSteps : 0); }
+  __device__ static __forceinline__ int of_a(int i) {
+    return i % kSteps + (Math::kParts == 2 && i < kSteps ? kSteps : 0);
+  }
+  __device__ static __forceinline__ int of_b(int i) {
+    return i % kSteps + (i >= kSteps && i < 2 * kSteps && Math::kParts == 2 ? kSteps : 0);
+  }
 };
 
 /// acc += A·Bᵀ over the columns of one chunk, for 8·kN rows of slot b. Between begin_products() and end_products().

@@ -13,11 +13,11 @@ namespace sslfast {
 static_assert(kPackedRows == kTileRows);
 
 inline constexpr int kKeptSlotBytes = kTileRows * kSlotRowBytes;
-inline constexpr int kTileBuffers = 3;  // for what comes once a tile: no more tiles are in use and under way
+inline constexpr int kTileBuffers = 5;  // for what comes once a tile: no more tiles are in use and under way
 
 /// What shared memory holds.
 struct SlotPlan {
-  int group, ahead, stages;  // chunks of a step; steps that are under way; of the ring
+  int group, ahead, stages;  // chunks of a step; steps that are under way, at most 3; of the ring
   bool resident;             // the kept rows are in shared memory from the first tile on; otherwise with each step
   bool whole;                // a tile's stages stay until it is done
   int bytes;                 // of all slots
@@ -27,46 +27,39 @@ struct SlotPlan {
 /// behind the slots. two_blocks: if two blocks can be on a multiprocessor, they shall.
 inline SlotPlan plan_slots(int chunks, int slice_chunks, int visited_rows, int64_t more_bytes, bool two_blocks) {
   const SharedLimits limits = shared_limits();
-  const auto fits = [&](SlotPlan& plan, bool resident, bool whole, int64_t limit) {
-    for (const auto& [group, ahead] : {std::pair{2, 2}, {2, 1}, {1, 2}, {1, 1}}) {
-      if (group > chunks) continue;
-      const int64_t steps = slice_chunks > 0 && whole ? divide_up(chunks, group) : 1, stages = steps + ahead;
-      const int64_t stage = group * (int64_t{visited_rows} * kSlotRowBytes + (resident ? 0 : kKeptSlotBytes));
-      const int64_t bytes = (resident ? int64_t{chunks} * kKeptSlotBytes : 0) + stages * stage;
-      if (bytes + more_bytes > limit) continue;
-      plan = {group, ahead, static_cast<int>(stages), resident, whole, static_cast<int>(bytes)};
-      return true;
-    }
-    return false;
-  };
-  SlotPlan plan = {};
   const int64_t half = limits.multiprocessor / 2 - limits.reserved;
-  if (two_blocks && (fits(plan, true, true, half) || fits(plan, true, false, half))) return plan;
-  const auto limit = static_cast<int64_t>(limits.block);
-  fits(plan, true, true, limit) || fits(plan, true, false, limit) || fits(plan, false, true, limit) ||
-      fits(plan, false, false, limit);
-  return plan;
+  for (const int64_t limit : {two_blocks ? half : int64_t{0}, int64_t{limits.block}})
+    for (const auto& [resident, whole] : {std::pair{true, true}, {true, false}, {false, true}, {false, false}})
+      for (const auto& [group, ahead] : {std::pair{2, 3}, {2, 2}, {2, 1}, {1, 3}, {1, 2}, {1, 1}}) {
+        const int64_t steps = slice_chunks > 0 && whole ? divide_up(chunks, group) : 1, stages = steps + ahead;
+        const int64_t stage = group * (int64_t{visited_rows} * kSlotRowBytes + (resident ? 0 : kKeptSlotBytes));
+        const int64_t bytes = (resident ? int64_t{chunks} * kKeptSlotBytes : 0) + stages * stage;
+        if (group <= chunks && bytes + more_bytes <= limit && (resident || limit != half))
+          return {group, ahead, static_cast<int>(stages), resident, whole, static_cast<int>(bytes)};
+      }
+  throw std::runtime_error("CUDA: the device has too little shared memory");
 }
 
-template <int kVisitedRows>
+/// kVisitedFirst: products are of visited and kept rows, otherwise of kept and visited rows.
+template <int kVisitedRows, bool kVisitedFirst>
 struct TilePipeline {
   static constexpr int kVisitedSlotBytes = kVisitedRows * kSlotRowBytes;
 
   const PackedMatrix &kept, &visited;
   const SlotPlan& plan;
-  int kept_row, first_tile, tiles;  // tiles are kVisitedRows rows of `visited`
-  int first_chunk, slice_chunks;    // of the second use
-  int stage = 0;                    // of the step that next() makes ready
+  int kept_tile, first_tile, tiles;     // the kept rows are kTileRows·kept_tile…, those of a tile kVisitedRows·tile…
+  int first_chunk, slice_chunks;        // of the second use
+  int stage = 0;                        // of the step that next() makes ready
   int fetch_tile = 0, fetch_chunk = 0;  // what is copied next
   bool fetch_again = false;             // for the second use
 
   __device__ __forceinline__ TilePipeline(const PackedMatrix& kept_rows, const PackedMatrix& visited_rows,
-                                          const SlotPlan& slots, int first_kept_row, int first, int count,
+                                          const SlotPlan& slots, int tile_of_kept, int first, int count,
                                           int first_slice_chunk = 0, int chunks_of_slice = 0)
       : kept(kept_rows),
         visited(visited_rows),
         plan(slots),
-        kept_row(first_kept_row),
+        kept_tile(tile_of_kept),
         first_tile(first),
         tiles(count),
         first_chunk(first_slice_chunk),
@@ -93,13 +86,14 @@ struct TilePipeline {
   template <typename OfTile>
   __device__ __forceinline__ void fetch(int to, const OfTile& of_tile) {
     if (fetch_tile < tiles) {
-      const int row = (first_tile + fetch_tile) * kVisitedRows;
       const int end = fetch_again ? first_chunk + slice_chunks : kept.chunks;
-      for (int at = 0; at < plan.group && fetch_chunk + at < end; ++at) {
+#pragma unroll
+      for (int at = 0; at < 2; ++at) {
         const int chunk = fetch_chunk + at;
-        load_slot<kVisitedRows>(visited_slot(to, at), visited.data, visited.chunks, row, chunk);
+        if (at >= plan.group || chunk >= end) break;
+        load_slot<kVisitedRows>(visited_slot(to, at), visited, first_tile + fetch_tile, chunk);
         if (!fetch_again && (!plan.resident || fetch_tile == 0))
-          load_slot<kTileRows>(kept_slot(to, chunk, at), kept.data, kept.chunks, kept_row, chunk);
+          load_slot<kTileRows>(kept_slot(to, chunk, at), kept, kept_tile, chunk);
       }
       if (fetch_chunk == 0 && !fetch_again) of_tile(fetch_tile);
       fetch_chunk += plan.group;
@@ -120,7 +114,9 @@ struct TilePipeline {
   /// Waits for the copies of `stage` and starts those of a later one, where all threads have done with what is there.
   template <typename OfTile>
   __device__ __forceinline__ void next(const OfTile& of_tile) {
-    if (plan.ahead == 2)
+    if (plan.ahead == 3)
+      cp_async_wait<2>();
+    else if (plan.ahead == 2)
       cp_async_wait<1>();
     else
       cp_async_wait<0>();
@@ -129,24 +125,18 @@ struct TilePipeline {
     fetch(later(stage, plan.ahead), of_tile);
   }
 
-  /// acc = the products of a tile: of kept and visited rows, or with kVisitedFirst of visited and kept rows.
+  /// acc = the products of the next tile.
   ///
   /// Tensor cores round their sums towards zero. With kParts == 2, where that would be the largest error, they add up
   /// one step, and steps are added here.
-  template <typename Math, bool kVisitedFirst, int kN, typename OfTile>
+  template <typename Math, int kN, typename OfTile>
   __device__ __forceinline__ void products(float (&acc)[kN][4], const OfTile& of_tile) {
-    static_assert(8 * kN == (kVisitedFirst ? kTileRows : kVisitedRows));
     clear(acc);
     for (int chunk = 0; chunk < kept.chunks; chunk += plan.group, stage = later(stage, 1)) {
       next(of_tile);
       const auto multiply = [&](float (&sum)[kN][4]) {
         begin_products(sum);
-#pragma unroll
-        for (int at = 0; at < 2; ++at) {
-          if (at >= plan.group || chunk + at >= kept.chunks) break;
-          const unsigned char *own = kept_slot(stage, chunk + at, at), *other = visited_slot(stage, at);
-          multiply_chunk<Math>(sum, kVisitedFirst ? other : own, kVisitedFirst ? own : other);
-        }
+        multiply_step<Math>(sum, chunk);
         end_products(sum);
       };
       if constexpr (Math::kParts == 1) {
@@ -203,12 +193,16 @@ struct TilePipeline {
   }
 
  private:
-  template <int kN>
-  static __device__ __forceinline__ void clear(float (&acc)[kN][4]) {
+  /// acc += the products of the step that begins with `chunk`.
+  template <typename Math, int kN>
+  __device__ __forceinline__ void multiply_step(float (&acc)[kN][4], int chunk) {
+    static_assert(8 * kN == (kVisitedFirst ? kTileRows : kVisitedRows));
 #pragma unroll
-    for (int n = 0; n < kN; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[n][i] = 0.0f;
+    for (int at = 0; at < 2; ++at) {
+      if (at >= plan.group || chunk + at >= kept.chunks) break;
+      const unsigned char *own = kept_slot(stage, chunk + at, at), *other = visited_slot(stage, at);
+      multiply_chunk<Math>(acc, kVisitedFirst ? other : own, kVisitedFirst ? own : other);
+    }
   }
   template <int kN>
   static __device__ __forceinline__ void add(float (&acc)[kN][4], const float (&part)[kN][4]) {

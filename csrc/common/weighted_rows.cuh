@@ -98,7 +98,9 @@ struct WeightedRowsParams {
 /// Two blocks are to share a multiprocessor, so that one makes weights while the other multiplies, where the
 /// accumulators leave registers for it: mma.sync takes more of them than wgmma.
 template <typename Math, int kSlice>
-inline constexpr int kWeightedBlocksPerSm = SSLFAST_WGMMA && Math::kParts == 1 && kSlice <= 128 ? 2 : 1;
+inline constexpr bool kTwoBlocks = Math::kParts == 1 && kSlice <= 128;
+template <typename Math, int kSlice>
+inline constexpr int kWeightedBlocksPerSm = SSLFAST_WGMMA && kTwoBlocks<Math, kSlice> ? 2 : 1;
 
 /// How the work is cut, without `partial`. more_bytes: of shared memory behind the slots. gradients: whether sums are
 /// wanted.
@@ -107,8 +109,7 @@ WeightedRowsParams cut_weighted_rows(const PackedMatrix& a, const PackedMatrix& 
                                      int most_splits) {
   constexpr int kChunks = kSlice / kSlotColumns<Math>;
   WeightedRowsParams p = {a, b, 0, 0, 0, {}, nullptr};
-  p.slots = plan_slots(a.chunks, sums ? kChunks : 0, kWeightedColumns, more_bytes,
-                       Math::kParts == 1 && kSlice <= 128);
+  p.slots = plan_slots(a.chunks, sums ? kChunks : 0, kWeightedColumns, more_bytes, kTwoBlocks<Math, kSlice>);
   p.slices = sums ? static_cast<int>(divide_up(a.chunks, kChunks)) : 1;
   // Enough blocks for a large GPU, but no block with less than two steps.
   const int64_t row_blocks = a.padded / kTileRows, tiles = b.padded / kWeightedColumns;
@@ -138,16 +139,14 @@ __device__ __forceinline__ void weighted_rows(const WeightedRowsParams& p, Weigh
   const int first_chunk = blockIdx.y * kChunks;
   const int slice_chunks = p.partial == nullptr ? 0 : min(kChunks, p.a.chunks - first_chunk);
   const int tiles = min(p.tiles, p.b.padded / kWeightedColumns - first_tile);
-  TilePipeline<kWeightedColumns> pipeline(p.a, p.b, p.slots, first_row, first_tile, tiles, first_chunk, slice_chunks);
-  const auto of_tile = [&](int tile) {
-    weigh.prefetch(tile, first_row, (first_tile + tile) * kWeightedColumns);
-  };
-
+  TilePipeline<kWeightedColumns, false> pipeline(p.a, p.b, p.slots, blockIdx.x, first_tile, tiles, first_chunk,
+                                                 slice_chunks);
+  const auto of_tile = [&](int tile) { weigh.prefetch(tile, first_row, (first_tile + tile) * kWeightedColumns); };
   float sums[kChunks][kWidth][4] = {};
   pipeline.start(of_tile);
   for (int tile = 0; tile < tiles; ++tile) {
     float x[kN][4];
-    pipeline.template products<Math, false>(x, of_tile);
+    pipeline.template products<Math>(x, of_tile);
     weigh(x, tile, first_row, (first_tile + tile) * kWeightedColumns);
     if (p.partial == nullptr) continue;
     Weights<Math, kN> w;

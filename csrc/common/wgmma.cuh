@@ -59,34 +59,35 @@ __device__ __forceinline__ uint64_t slot_descriptor(const unsigned char* shared)
   return (address & 0x3FFFF) >> 4 | uint64_t{1024 >> 4} << 16 | uint64_t{1024 >> 4} << 32 | uint64_t{1} << 62;
 }
 
-#define SSLFAST_REGISTERS_8(n) \
-  "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), \
-      "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
+#define SSLFAST_REGISTERS_8(n)                                                                                         \
+  "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), "+f"(d[n + 1][2]), \
+      "+f"(d[n + 1][3])
 #define SSLFAST_REGISTERS_32(n) \
   SSLFAST_REGISTERS_8(n), SSLFAST_REGISTERS_8(n + 2), SSLFAST_REGISTERS_8(n + 4), SSLFAST_REGISTERS_8(n + 6)
 #define SSLFAST_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define SSLFAST_NAMES_32                                                                                        \
+#define SSLFAST_NAMES_32                                                                                      \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
   "%23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define SSLFAST_NAMES_64                                                                                             \
-  SSLFAST_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-                   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define SSLFAST_NAMES_64                                                                             \
+  SSLFAST_NAMES_32                                                                                   \
+      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+      "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 #define SSLFAST_WGMMA_OPEN "{\n.reg .pred p;\nsetp.eq.u32 p, 1, 1;\nwgmma.mma_async.sync.aligned."
 
 /// d += A·Bᵀ: 64 rows of A and 8·kN of B, 16 columns of both.
 template <typename Math, int kN>
 __device__ __forceinline__ void wgmma_rows(float (&d)[kN][4], uint64_t a, uint64_t b) {
-#define SSLFAST_WGMMA_ROWS(type)                                                                                    \
-  if constexpr (kN == 16)                                                                                           \
-    asm volatile(SSLFAST_WGMMA_OPEN "m64n128k16.f32." type "." type " {" SSLFAST_NAMES_64                           \
-                                    "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                                              \
-                 : SSLFAST_REGISTERS_32(0), SSLFAST_REGISTERS_32(8)                                                 \
-                 : "l"(a), "l"(b));                                                                                 \
-  else                                                                                                              \
-    asm volatile(SSLFAST_WGMMA_OPEN "m64n64k16.f32." type "." type " {" SSLFAST_NAMES_32                            \
-                                    "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                              \
-                 : SSLFAST_REGISTERS_32(0)                                                                          \
+#define SSLFAST_WGMMA_ROWS(type)                                                          \
+  if constexpr (kN == 16)                                                                 \
+    asm volatile(SSLFAST_WGMMA_OPEN "m64n128k16.f32." type "." type " {" SSLFAST_NAMES_64 \
+                                    "}, %64, %65, p, 1, 1, 0, 0;\n}\n"                    \
+                 : SSLFAST_REGISTERS_32(0), SSLFAST_REGISTERS_32(8)                       \
+                 : "l"(a), "l"(b));                                                       \
+  else                                                                                    \
+    asm volatile(SSLFAST_WGMMA_OPEN "m64n64k16.f32." type "." type " {" SSLFAST_NAMES_32  \
+                                    "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                    \
+                 : SSLFAST_REGISTERS_32(0)                                                \
                  : "l"(a), "l"(b))
   static_assert(kN == 8 || kN == 16);
   if constexpr (std::is_same_v<typename Math::Operand, __half>)
@@ -99,16 +100,16 @@ __device__ __forceinline__ void wgmma_rows(float (&d)[kN][4], uint64_t a, uint64
 /// d += A·B: 64 rows of A from registers, 16 rows and 8·kN columns of B.
 template <typename Math, int kN>
 __device__ __forceinline__ void wgmma_weights(float (&d)[kN][4], const uint32_t (&a)[4], uint64_t b) {
-#define SSLFAST_WGMMA_WEIGHTS(type)                                                                        \
-  if constexpr (kN == 8)                                                                                   \
-    asm volatile(SSLFAST_WGMMA_OPEN "m64n64k16.f32." type "." type " {" SSLFAST_NAMES_32                  \
-                                    "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"                      \
-                 : SSLFAST_REGISTERS_32(0)                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                    \
-  else                                                                                                     \
-    asm volatile(SSLFAST_WGMMA_OPEN "m64n32k16.f32." type "." type " {" SSLFAST_NAMES_16                  \
-                                    "}, {%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"                      \
-                 : SSLFAST_REGISTERS_8(0), SSLFAST_REGISTERS_8(2)                                          \
+#define SSLFAST_WGMMA_WEIGHTS(type)                                                      \
+  if constexpr (kN == 8)                                                                 \
+    asm volatile(SSLFAST_WGMMA_OPEN "m64n64k16.f32." type "." type " {" SSLFAST_NAMES_32 \
+                                    "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}\n"     \
+                 : SSLFAST_REGISTERS_32(0)                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                  \
+  else                                                                                   \
+    asm volatile(SSLFAST_WGMMA_OPEN "m64n32k16.f32." type "." type " {" SSLFAST_NAMES_16 \
+                                    "}, {%16, %17, %18, %19}, %20, p, 1, 1, 1;\n}\n"     \
+                 : SSLFAST_REGISTERS_8(0), SSLFAST_REGISTERS_8(2)                        \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
   static_assert(kN == 4 || kN == 8);
   if constexpr (std::is_same_v<typename Math::Operand, __half>)

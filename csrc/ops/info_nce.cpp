@@ -66,7 +66,9 @@ struct CudaProblem {
     floats = first.options().dtype(at::kFloat).requires_grad(false);
   }
 
-  const float* temperature_data() const { return temperature.defined() ? temperature.const_data_ptr<float>() : nullptr; }
+  const float* temperature_data() const {
+    return temperature.defined() ? temperature.const_data_ptr<float>() : nullptr;
+  }
   at::Tensor workspace(int64_t bytes) const { return at::empty({bytes}, floats.dtype(at::kByte)); }
   float mean_factor(const std::string& reduction) const {
     return reduction == "mean" ? static_cast<float>(0.5 / static_cast<double>(batch)) : 1.0f;

@@ -69,10 +69,8 @@ __device__ __forceinline__ MaxSum merge(MaxSum a, MaxSum b) {
     return merge(a, b);
 }
 
-/// y = scale2·(c − 1) of c = product·row_unit·column_unit, scale2 = s·log₂e.
-__device__ __forceinline__ float centred_logit(float product, float row_unit, float column_unit, float scale2) {
-  return fmaf(product * (row_unit * column_unit), scale2, -scale2);
-}
+/// y = scale2·(c − 1), scale2 = s·log₂e. The same roundings in forward and backward: softmax less one must be zero.
+__device__ __forceinline__ float centred_logit(float cosine, float scale2) { return fmaf(cosine, scale2, -scale2); }
 
 /// Where the temperature is in device memory the host does not wait for it. Of the forward and the backward kernel both
 /// versions are launched then, and the one that is not needed returns at once.
@@ -204,12 +202,13 @@ void launch_sum(const SumParams& p, cudaStream_t stream) {
 /// Tiles of one run: more where there are blocks enough to fill a GPU anyway, so that Z'_I is read less often.
 int64_t run_length(int64_t blocks) { return blocks < 16 ? 1 : blocks > 128 ? 8 : blocks / 16; }
 
-/// Row block b gets one partial sum from each column of tiles before it (slots 0…b−1) and one from each of its own runs.
+/// Row block b gets one partial sum from each column of tiles before it (slots 0…b−1) and one from each of its own
+/// runs.
 struct ForwardParams {
   Rows z;
   const float* unit;  // (padded)
   Number temperature;
-  int blocks, run;     // row blocks; tiles of a run
+  int blocks, run;  // row blocks; tiles of a run
   SlotPlan slots;
   float* partial_sum;  // [blocks][padded]
   float* partial_max;  // [blocks][padded], used beyond kBoundedScale
@@ -258,14 +257,14 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kBounded>
     cp_async_16(row_units + tile % kTileBuffers * kBlock + at, p.unit + (first_i + tile) * kBlock + at);
     if (tile == 0) cp_async_16(column_units + at, p.unit + first_column + at);
   };
-  TilePipeline<kBlock> pipeline(p.z, p.z, p.slots, first_column, first_i, tiles);
+  TilePipeline<kBlock, true> pipeline(p.z, p.z, p.slots, block_j, first_i, tiles);
 
   Sum<kBounded> columns[kN][2];
   pipeline.start(of_tile);
   for (int tile = 0; tile < tiles; ++tile) {
     const int block_i = first_i + tile, first_row = block_i * kBlock;
     float y[kN][4];
-    pipeline.template products<Math, true>(y, of_tile);
+    pipeline.template products<Math>(y, of_tile);
 
     const float* units = row_units + tile % kTileBuffers * kBlock + warp_row();
     const float row_unit[2] = {units[tile_row(0)], units[tile_row(2)]};
@@ -274,7 +273,7 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kBounded>
       const float2 unit = reinterpret_cast<const float2*>(column_units + 8 * n)[lane % 4];
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        y[n][i] = centred_logit(y[n][i], row_unit[i / 2], i % 2 == 0 ? unit.x : unit.y, scale2);
+        y[n][i] = centred_logit(y[n][i] * (row_unit[i / 2] * (i % 2 == 0 ? unit.x : unit.y)), scale2);
     }
 
     const int to_positive = first_row - p.z.batch - first_column;  // column − row of a positive, if |…| < kBlock
@@ -315,7 +314,7 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kBounded>
     }
   }
 
-  __syncthreads();                                             // the slots are free
+  __syncthreads();                                            // the slots are free
   MaxSum* sums = reinterpret_cast<MaxSum*>(shared_memory());  // [8][kBlock]
 #pragma unroll
   for (int n = 0; n < kN; ++n)
@@ -473,7 +472,7 @@ struct NtXentWeights {
         const RowStats column = columns[8 * n + tile_column(e)];
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const float cosine = x[n][2 * h + e] * (row_unit[h] * column.unit), y = fmaf(cosine, scale2, -scale2);
+          const float cosine = x[n][2 * h + e] * (row_unit[h] * column.unit), y = centred_logit(cosine, scale2);
           float g = kBounded ? fast_exp2(y) * (row_factor[h] + column.factor)
                              : fast_exp2(y - rows[tile_row(2 * h)].lse2) * row_factor[h] +
                                    fast_exp2(y - column.lse2) * column.factor;
@@ -499,7 +498,8 @@ __global__ void __launch_bounds__(kThreads, (kBounded ? kWeightedBlocksPerSm<Mat
   weighted_rows<Math, kSlice>(p.rows, weights);
   __syncthreads();  // block_reduce() writes where the last chunks were
   const float dot = block_reduce<kThreads>(weights.dot, [](float a, float b) { return a + b; });
-  if (threadIdx.x == 0 && blockIdx.y == 0) store_global(p.dots + blockIdx.z * gridDim.x + blockIdx.x, dot * scale2 * kLn2);
+  if (threadIdx.x == 0 && blockIdx.y == 0)
+    store_global(p.dots + blockIdx.z * gridDim.x + blockIdx.x, dot * scale2 * kLn2);
 }
 
 struct FinishParams {
@@ -631,8 +631,8 @@ void launch_backward(const InfoNceBackwardCudaParams& p, cudaStream_t stream) {
   const BackwardParams& b = layout.backward;
   const Rows& z = layout.prepare.z;
   if (layout.gradient_scale.count > 1)
-    launch(info_nce_gradient_scale_kernel,
-           {"info_nce_gradient_scale", 1, kThreads, kReduceBytes<kThreads>, stream}, layout.gradient_scale);
+    launch(info_nce_gradient_scale_kernel, {"info_nce_gradient_scale", 1, kThreads, kReduceBytes<kThreads>, stream},
+           layout.gradient_scale);
   launch_prepare<Math>(layout.prepare, stream);
   const dim3 grid = weighted_rows_grid(b.rows);
   const LaunchConfig config = {"info_nce_backward", grid, kThreads,

@@ -32,8 +32,8 @@ using Problem = SimilarityLseCudaProblem;
 
 /// A packed matrix, and the pairs that its rows leave out.
 struct Matrix : PackedMatrix {
-  const int64_t* exclude;        // (count, exclude_count), or null
-  float *scratch, *unit;  // of MatrixUnit
+  const int64_t* exclude;  // (count, exclude_count), or null
+  float *scratch, *unit;   // of MatrixUnit
 };
 
 Matrix take_matrix(ProductType type, int64_t count, int64_t dim, Workspace& workspace) {
@@ -117,9 +117,9 @@ struct ForwardParams {
   const float *row_bias, *column_bias;  // (padded)
   int run;                              // tiles of a block
   SlotPlan slots;
-  float *row_max, *row_sum;             // [slots][padded]; with symmetry slot k < I of row block I is from the columns
-                                        // of tile (k, I)
-  float *column_max, *column_sum;       // [row blocks][padded], or with symmetry those of the rows
+  float *row_max, *row_sum;        // [slots][padded]; with symmetry slot k < I of row block I is from the columns
+                                   // of tile (k, I)
+  float *column_max, *column_sum;  // [row blocks][padded], or with symmetry those of the rows
 };
 
 /// Behind the slots: sums of columns by the eight warps, biases of the columns of tiles under way, and of the rows.
@@ -177,8 +177,7 @@ __device__ __forceinline__ void column_sums_of_warp(const float (&x)[16][4], con
     for (int e = 0; e < 2; ++e) {
       float y[2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
-        y[h] = left_out >> (4 * n + 2 * h + e) & 1 ? kMasked : x[n][2 * h + e] + row_bias[h];
+      for (int h = 0; h < 2; ++h) y[h] = left_out >> (4 * n + 2 * h + e) & 1 ? kMasked : x[n][2 * h + e] + row_bias[h];
       MaxSum column = merge(MaxSum{y[0], 1.0f}, MaxSum{y[1], 1.0f});
 #pragma unroll
       for (int other = 4; other < 32; other *= 2) column = merge(column, shuffle_xor(column, other));
@@ -199,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kGeneral>
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const float scale2 = log2_scale(p.scale, p.a.unit, p.b.unit);
 
-  MaxSum* column_sums = reinterpret_cast<MaxSum*>(shared_memory() + p.slots.bytes);  // [8][kBlock]
+  MaxSum* column_sums = reinterpret_cast<MaxSum*>(shared_memory() + p.slots.bytes);     // [8][kBlock]
   float* column_bias = reinterpret_cast<float*>(column_sums + kThreads / 32 * kBlock);  // [kTileBuffers][kBlock]
   float* all_row_bias = column_bias + kTileBuffers * kBlock;                            // [kBlock]
   const auto of_tile = [&](int tile) {
@@ -208,14 +207,14 @@ __global__ void __launch_bounds__(kThreads, (kForwardBlocksPerSm<Math, kGeneral>
     cp_async_16(column_bias + tile % kTileBuffers * kBlock + at, p.column_bias + (first_j + tile) * kBlock + at);
     if (tile == 0) cp_async_16(all_row_bias + at, p.row_bias + first_row + at);
   };
-  TilePipeline<kBlock> pipeline(p.a, p.b, p.slots, first_row, first_j, tiles);
+  TilePipeline<kBlock, false> pipeline(p.a, p.b, p.slots, block_i, first_j, tiles);
 
   MaxSum row[2] = {{kMasked, 0.0f}, {kMasked, 0.0f}};
   pipeline.start(of_tile);
   for (int tile = 0; tile < tiles; ++tile) {
     const int block_j = first_j + tile, first_column = block_j * kBlock;
     float x[kN][4];
-    pipeline.template products<Math, false>(x, of_tile);
+    pipeline.template products<Math>(x, of_tile);
 
     const bool diagonal = kGeneral && p.symmetric && block_i == block_j;
     Excluded<uint64_t> out;
@@ -282,16 +281,22 @@ struct CombineParams {
   double* lse;        // out: (count)
 };
 
-/// A thread a row. Traffic: the partial sums, once.
+/// 32 rows a block; each warp takes every eighth partial sum of them. Traffic: the partial sums, once.
 __global__ void __launch_bounds__(kThreads) similarity_lse_combine_kernel(const CombineParams p) {
-  const int row = blockIdx.x * kThreads + threadIdx.x;
-  if (row >= p.count) return;
-  const int block = row / kBlock, slots = p.blocks > 0 ? block + (p.blocks - block + p.run - 1) / p.run : p.slots;
+  constexpr int kWarps = kThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = blockIdx.x * 32 + lane, block = row / kBlock;
+  const int slots = p.blocks > 0 ? block + (p.blocks - block + p.run - 1) / p.run : p.slots;
   MaxSum sum = {kMasked, 0.0f};
-  for (int slot = 0; slot < slots; ++slot) {
+#pragma unroll 4
+  for (int slot = warp; slot < slots; slot += kWarps) {
     const int64_t at = int64_t{slot} * p.padded + row;
-    sum = merge(sum, {load_global(p.max + at), load_global(p.sum + at)});
+    sum = merge(sum, MaxSum{load_global(p.max + at), load_global(p.sum + at)});
   }
+  MaxSum* sums = reinterpret_cast<MaxSum*>(shared_memory());  // [kWarps][32]
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp != 0 || row >= p.count) return;
+  for (int w = 1; w < kWarps; ++w) sum = merge(sum, sums[w * 32 + lane]);
   const bool empty = sum.max <= kMasked / 2 && sum.sum == sum.sum;  // and no NaN in it
   const double own = p.bias == nullptr ? 0.0 : static_cast<double>(load_global(p.bias + row));
   const double lse2 = empty ? -HUGE_VAL : sum.max + log2(static_cast<double>(sum.sum)) + own;
@@ -346,8 +351,9 @@ ForwardLayout forward_layout(const SimilarityLseForwardCudaParams& p) {
 }
 
 void launch_combine(const CombineParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(divide_up(p.count, kThreads)));
-  launch(similarity_lse_combine_kernel, {"similarity_lse_combine", grid, kThreads, 0, stream}, p);
+  const dim3 grid(static_cast<unsigned>(divide_up(p.count, 32)));
+  launch(similarity_lse_combine_kernel, {"similarity_lse_combine", grid, kThreads, kThreads * sizeof(MaxSum), stream},
+         p);
 }
 
 template <typename Math>
@@ -463,8 +469,7 @@ struct SoftmaxWeights {
 
   template <int kN>
   __device__ __forceinline__ void operator()(float (&x)[kN][4], int tile, int first_row, int first_column) {
-    const bool diagonal =
-        p.symmetric && first_column < first_row + kTileRows && first_column + kColumns > first_row;
+    const bool diagonal = p.symmetric && first_column < first_row + kTileRows && first_column + kColumns > first_row;
     if (p.row_exclude != nullptr || p.column_exclude != nullptr || diagonal)
       weigh<true, true, true>(x, tile, first_row, first_column);
     else if (p.by_rows && p.by_columns)
@@ -621,7 +626,8 @@ void launch_backward(const SimilarityLseBackwardCudaParams& p, cudaStream_t stre
            {"similarity_lse_backward", grid, kThreads, static_cast<size_t>(shared_bytes), stream}, b);
     const char* finish = "similarity_lse_finish";
     if (side == 0 && p.key_sum != nullptr)
-      launch_tile_finish<float>(finish, b.rows, q.dim, {nullptr, layout.gradient_scale, b.column_unit}, p.key_sum, stream);
+      launch_tile_finish<float>(finish, b.rows, q.dim, {nullptr, layout.gradient_scale, b.column_unit}, p.key_sum,
+                                stream);
     void* out = side == 0 ? p.grad_queries : p.grad_keys;
     if (out != nullptr)
       launch_tile_finish<T>(finish, b.rows, q.dim, {q.scale, layout.gradient_scale, b.column_unit}, out, stream);
