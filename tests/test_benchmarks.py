@@ -40,8 +40,8 @@ def test_benchmark_runs_and_reports(op, tmp_path):
 def test_times_of_a_device_are_printed():
     """On the CPU, where there is no other device: what `make test-cuda` runs last."""
     printed = run("benchmarks/cuda_times.py", "--device", "cpu", "--quick")
-    assert "| batch | dim | dtype | sslfast | lightly | F.cross_entropy |" in printed
-    assert "| size | images | sslfast | kornia |" in printed
+    assert "| batch | dim | dtype | sslfast | kernels | lightly | F.cross_entropy |" in printed
+    assert "| size | images | sslfast | kernels | kornia |" in printed
     source = (ROOT / "benchmarks/cuda_times.py").read_text()
     assert all(f"\ndef {path.stem}(" in source for path in (ROOT / "csrc/ops").glob("*.h"))
     for title in ("MoCo's loss", "CLIP's loss", "SigLIP's loss", "Diffusion", "Group normalisation", "Four rotations"):

@@ -119,7 +119,8 @@ def test_matrix_product(dtype, by_rows):
     actual = emulator.matrix_product(str(dtype).removeprefix("torch."), a, b, by_rows).double()
     expected = a.double() @ (b.double() if by_rows else b.double().T)
     assert (actual - expected).norm() <= 1e-6 * expected.norm()
-    assert (actual.abs() <= expected.abs()).all()  # as the hardware: not more exact
+    if by_rows:  # one product: as the hardware it is rounded towards zero
+        assert (actual.abs() <= expected.abs()).all()
     counts = emulator.counters()["product"]
     assert counts["mma_flops"] == 2 * 16 * 16 * columns
     assert counts["ldmatrix_conflicts"] == 0
