@@ -84,6 +84,14 @@ def test_the_classifier_is_trained_once_and_kept(tmp_path):
         generative.feature_classifier(path, train, test, 32)
 
 
+def test_the_classifier_on_a_device(cuda_device, tmp_path):
+    train, test = (data.load("digits", split) for split in ("train", "test"))
+    model, accuracy = generative.feature_classifier(tmp_path / "c", train, test, 16, "cuda")
+    assert accuracy > 80
+    features = generative.over_images(generative.classifier_features(model, "cuda"), test, 16, torch.arange(10))
+    assert (features.shape, features.device.type) == ((10, 128), "cpu")
+
+
 def test_unlabelled_images_cannot_train_a_classifier(tmp_path):
     train, test = data.load("digits", "train"), data.load("digits", "test")
     train.labels[:] = -1

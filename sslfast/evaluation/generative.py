@@ -70,7 +70,7 @@ def feature_classifier(
         _train(model, train, size, device, epochs)
     model.eval()
     rows = (test.labels >= 0).nonzero()[:, 0]
-    logits = over_images(lambda pixels: model(_normalised(pixels, device)), test, size, rows)
+    logits = over_images(lambda pixels: model(_normalised(pixels, device)).cpu(), test, size, rows)
     accuracy = 100 * (logits.argmax(1) == test.labels[rows]).float().mean().item()
     facts = shape | {"accuracy": f"{accuracy:.2f}"}
     temporary = path.with_name(path.name + ".unfinished")
