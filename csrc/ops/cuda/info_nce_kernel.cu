@@ -27,7 +27,8 @@
 // accuracy of c near 1, where it counts. Up to s = kBoundedScale 2^y is safe in float32, and no row needs its maximum.
 // Beyond that each row and each column of a tile follows its own running maximum, for several exps an element.
 //
-// Determinism: no atomics; the division of work depends on N, D and the type alone.
+// Determinism: no atomics; the division of work depends on N, D and the type alone, and the steps in which float32
+// products are added up on how much shared memory the device has.
 #include "csrc/common/weighted_rows.cuh"
 #include "csrc/ops/cuda/info_nce_kernel.h"
 
