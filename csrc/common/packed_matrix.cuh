@@ -23,10 +23,6 @@ constexpr int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 /// Bytes that an element takes in a packed matrix.
 constexpr int operand_bytes(ProductType type) { return type == ProductType::float32 ? 4 : 2; }
 
-constexpr bool is_float32(ProductType type) {
-  return type == ProductType::float32 || type == ProductType::float32_as_tf32;
-}
-
 struct PackedMatrix {
   int count, padded, chunks, padded_dim;  // rows, rows with padding, slots of a row, columns with padding
   void* data;

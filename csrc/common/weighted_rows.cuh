@@ -81,7 +81,9 @@ void launch_tile_pack(const char* name, const PackedMatrix& m, const void* sourc
 struct MatrixUnit {
   float *scratch, *unit;
   MatrixUnit(ProductType type, Workspace& workspace)
-      : scratch(is_float32(type) ? workspace.take<float>(kLargestBlocks + 1) : nullptr),
+      : scratch(type == ProductType::float32 || type == ProductType::float32_as_tf32
+                    ? workspace.take<float>(kLargestBlocks + 1)
+                    : nullptr),
         unit(scratch == nullptr ? nullptr : scratch + kLargestBlocks) {}
 };
 
