@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslfast.models import SmallEncoder
-from sslfast.training import UserError, checkpoint, data, optimizers
+from sslfast.training import UserError, data, files, optimizers
 
 Features = Callable[[Tensor], Tensor]
 """A function from uint8 images (n, C, H, W) to features (n, D)."""
@@ -73,10 +73,9 @@ def feature_classifier(
     logits = over_images(lambda pixels: model(_normalised(pixels, device)).cpu(), test, size, rows)
     accuracy = 100 * (logits.argmax(1) == test.labels[rows]).float().mean().item()
     facts = shape | {"accuracy": f"{accuracy:.2f}"}
-    temporary = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(model.state_dict(), temporary, metadata=facts)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        file.write(safetensors.torch.save(model.state_dict(), metadata=facts))
     return model, accuracy
 
 
@@ -207,4 +206,4 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 def write_results(path: Path, results: dict) -> None:
     """Write results as JSON, atomically."""
-    checkpoint.write_atomically(path, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(path, json.dumps(results, indent=2) + "\n")

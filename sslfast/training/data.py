@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslfast.training import UserError
 
+KNOWN = ("digits", "fashion-mnist", "cifar10")  # names of data sets, as against folders
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = [
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
