@@ -3,12 +3,11 @@
 import dataclasses
 import importlib
 import math
-import struct
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from runs import idx_folder
 
 from sslfast.cli import main
 from sslfast.evaluation.evaluate import Evaluate
@@ -191,18 +190,6 @@ def test_options_of_the_gallery(words, message, tmp_path, monkeypatch, capsys):
     assert main(["augment-gallery", "--data", "digits", *words]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def idx_folder(folder: Path, size: int, count: int = 20) -> Path:
-    """A data set of idx files, of square images."""
-    folder.mkdir()
-    for kind in ("train", "t10k"):
-        pixels = torch.arange(count * size * size).remainder(251).to(torch.uint8).numpy().tobytes()
-        header = b"\0\0\x08\x03" + struct.pack(">3I", count, size, size)
-        (folder / f"{kind}-images-idx3-ubyte").write_bytes(header + pixels)
-        labels = b"\0\0\x08\x01" + struct.pack(">I", count) + bytes(i % 2 for i in range(count))
-        (folder / f"{kind}-labels-idx1-ubyte").write_bytes(labels)
-    return folder
 
 
 @pytest.mark.parametrize("method", ["simclr", "moco"])

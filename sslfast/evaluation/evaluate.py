@@ -57,13 +57,13 @@ def evaluate(
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
+    untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
     if (train.labels < 0).all() or (test.labels < 0).all():
         print(f"{config['data']} has no test images in class folders, by which features could be judged")
         return {}
 
-    untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     kinds = {
         "raw pixels": raw_pixels,
         "untrained encoder": encoder_features(untrained, device, config["precision"]),

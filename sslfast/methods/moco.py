@@ -100,9 +100,9 @@ def train(config: MoCo) -> Path | None:
     key_model = InGroups(copy.deepcopy(backbone)).requires_grad_(False)
     queue = Queue(config.queue, config.head_features).to(device)
     saved = nn.ModuleDict(OrderedDict(encoder=encoder, head=head, predictor=predictor, key=key_model, queue=queue))
-    with rehearsal(config, images, model) as pixels:
+    with rehearsal(config, images, model) as some:
         transform = build_transform(config, images.channels)
-        model(transform(pixels)[0].to(device))
+        model(transform(some)[0].to(device))
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
     pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]  # (the view of the queries, the view of the keys)
 

@@ -78,7 +78,7 @@ def train(config: SimCLR) -> Path | None:
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device).to(memory_format=torch.channels_last)
     wrapped = distributed.wrap(model, config.sync_batchnorm)
     forward = torch.compile(wrapped) if config.compile else wrapped
-    with rehearsal(config, images, model) as pixels:
+    with rehearsal(config, images, model) as some:
         transform = SimCLRTransform(
             config.size,
             strength=config.color,
@@ -90,7 +90,7 @@ def train(config: SimCLR) -> Path | None:
             memory_format=torch.channels_last,
             seed=config.seed,
         )
-        model(transform(pixels)[0].to(device))
+        model(transform(some)[0].to(device))
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
 
