@@ -340,7 +340,7 @@ class Loop:
         """Return the sentence that names the last good checkpoint."""
         last = checkpoint.newest(self.folder)
         if last is None:
-            return f"{self.folder} has no checkpoint yet"
+            return f"{self.folder} has no checkpoint yet: sslfast {self.method} --resume {self.folder} begins again"
         return f"The last good checkpoint is {last}: sslfast {self.method} --resume {self.folder} goes on from there"
 
     def diverged(self, epoch: int, numbers: dict[str, float]) -> str:
