@@ -16,7 +16,7 @@ from sslfast.evaluation.neighbours import knn_accuracy, nearest
 from sslfast.models import build_encoder
 from sslfast.training import checkpoint, data, files
 from sslfast.training.loop import load_images
-from sslfast.training.options import UseOptions, Whole, check
+from sslfast.training.options import UseOptions, Whole, check, check_device
 
 PIXELS_AT_MOST = 32  # the raw-pixel baseline shrinks larger images to this size
 
@@ -57,6 +57,7 @@ def evaluate(
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
+    check_device(device)
     untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")

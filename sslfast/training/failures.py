@@ -6,8 +6,9 @@ _MEMORY = (
     "out of memory",
     "storage size calculation overflowed",
     "bad_alloc",
-    "larger than the maximum",
+    "status_alloc_failed",
 )
+_LIMITS = ("too many open files", "shared memory", "no space left", "unable to write to file", "start new thread")
 _DISK = ("pytorchstreamwriter", "inline_container", "unexpected pos")
 
 
@@ -38,6 +39,8 @@ def sentence(error: BaseException) -> str | None:
         return f"there is not enough memory ({said}): try a smaller --batch-size"
     if any(word in text for word in _DISK):
         return f"a file could not be written; the disk may be full ({said})"
+    if any(word in text for word in _LIMITS):
+        return f"a limit of the machine is reached ({said}): try fewer --workers"
     if "dataloader worker" in text:
         return f"a process that reads images was killed, perhaps for want of memory: try fewer --workers ({said})"
     return None

@@ -114,9 +114,9 @@ def identity(images: data.Images) -> dict[str, Any]:
     if isinstance(images.source, Tensor):
         digest.update(repr(tuple(images.source.shape)).encode() + images.source.contiguous().numpy().tobytes())
     else:
-        top = os.path.commonpath([path.parent for path in images.source])
-        for path in images.source:
-            digest.update(os.fsencode(os.path.relpath(path, top)) + b"\0")
+        names = [str(path) for path in images.source]
+        top = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])  # what all begin with
+        digest.update(b"\0".join(os.fsencode(name[len(top) :]) for name in names))
     return {"channels": images.channels, "images": len(images), "digest": digest.hexdigest()[:16]}
 
 
