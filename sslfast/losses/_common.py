@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslfast import distributed
-from sslfast.ops._eager import is_plain_eager
+from sslfast.ops._route import KERNEL, route
 
 NORM_EPS = 1e-12  # that of F.normalize
 
@@ -17,7 +17,7 @@ def compute_dtype(t: Tensor) -> torch.dtype:
 def normalize(t: Tensor) -> Tensor:
     """Unit length along the last dimension, in float32 at least."""
     t = t.to(compute_dtype(t))
-    return _Normalize.apply(t) if is_plain_eager(t) else F.normalize(t, dim=-1)
+    return _Normalize.apply(t) if route(t) == KERNEL else F.normalize(t, dim=-1)
 
 
 class _Normalize(torch.autograd.Function):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
+from sslfast.ops._check import check_dense, check_integer
+from sslfast.ops._route import DEVICES, refuse_other_derivatives
 
 STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 """What `AugmentParams.order` counts: 0 is brightness, …, 6 is solarize."""
 
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _JITTER = STEPS[:4]
 _STAGES = {"jitter": _JITTER, "grayscale": ("grayscale",), "blur": ("blur",), "solarize": ("solarize",)}
 
@@ -129,11 +130,8 @@ def draw_params(
     sizes = torch.as_tensor(image_sizes, dtype=torch.int64, device="cpu").reshape(-1, 2).contiguous()
     if (sizes < 1).any():
         raise ValueError(f"image_sizes: expected heights and widths of at least 1, got {sizes.min()}")
-    for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if not -(2 ** (bound - 1)) <= value < 2**bound or (name == "epoch" and value < 0):
-            raise ValueError(f"{name}: expected {bound} bits, got {value}")
+    check_integer("seed", seed, -(2**63), 2**64 - 1)
+    check_integer("epoch", epoch, 0, 2**32 - 1)
     return AugmentParams(
         *_C.augment_draw(sizes, _ids(sample_ids, len(sizes)), [v._packed() for v in views], seed % 2**64, epoch)
     )
@@ -189,7 +187,7 @@ def augment(
     if not isinstance(params, AugmentParams):
         raise TypeError(f"params: expected AugmentParams, got {type(params).__name__}")
     channels_last = memory_format == torch.channels_last
-    if tensors[0].device.type not in _DEVICES:
+    if tensors[0].device.type not in DEVICES:
         batch = [x if channels_first else x.movedim(-1, 0) for x in (tensors[0] if tensors[0].dim() == 4 else tensors)]
         out = reference.augment.augment(
             batch, params, (height, width), interpolation, antialias, kernel_size, mean, std
@@ -224,8 +222,8 @@ def check_size(size) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
         raise TypeError(f"size: expected an int or (height, width), got {size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"size: expected at least 1 pixel, got {size!r}")
+    if min(pair) < 1 or math.prod(pair) >= 2**31:
+        raise ValueError(f"size: expected at least 1 pixel and less than 2³¹, got {size!r}")
     return pair
 
 
@@ -237,7 +235,7 @@ def check_kernel_size(kernel_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types=DEVICES)
 def _forward(
     images: list[Tensor],
     params: list[Tensor],
@@ -256,6 +254,9 @@ def _forward(
     return _C.augment_forward(
         images, params, channels_first, *size, interpolation, antialias, kernel_size, mean, std, dtype, channels_last
     )
+
+
+refuse_other_derivatives(_forward)
 
 
 @_forward.register_fake
@@ -322,14 +323,14 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
     if layout not in (None, "CHW", "HWC"):
         raise ValueError(f'layout: expected "CHW", "HWC" or None, got {layout!r}')
     if isinstance(images, Tensor):
+        check_dense("images", images)
         if images.dim() != 4:
             raise ValueError(f"images: expected a 4-D batch or a list of 3-D images, got shape {tuple(images.shape)}")
         tensors = [images]
     else:
         tensors = list(images)
         for i, image in enumerate(tensors):
-            if not isinstance(image, Tensor):
-                raise TypeError(f"images[{i}]: expected a tensor, got {type(image).__name__}")
+            check_dense(f"images[{i}]", image)
             if image.dim() != 3:
                 raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
         if not tensors:
