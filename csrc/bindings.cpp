@@ -33,7 +33,7 @@ pybind11::dict build_info() {
 enum Route { kKernel, kDispatcher, kReference, kTransform };
 
 bool has_own_memory(const at::Tensor& t) {
-  return !t.is_neg() && !t._is_zerotensor() && !t.is_nested() && t.layout() == at::kStrided;
+  return t.has_storage() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() && t.layout() == at::kStrided;
 }
 
 Route route(const pybind11::args& arguments) {

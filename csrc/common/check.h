@@ -14,7 +14,8 @@ inline void check_dense(const at::Tensor& t, const char* name) {
   TORCH_CHECK_TYPE(t.defined(), name, ": expected a tensor, got none");
   TORCH_CHECK_TYPE(!t.is_nested() && t.layout() == at::kStrided, name, ": expected a dense tensor, got a ",
                    t.is_nested() ? "nested" : "sparse", " one");
-  TORCH_CHECK_TYPE(!t.is_neg() && !t._is_zerotensor() && (t.is_meta() || t.has_storage()), name,
+  TORCH_CHECK_VALUE(t.is_cpu() || t.is_cuda(), name, ": expected a tensor on cpu or cuda, got one on ", t.device());
+  TORCH_CHECK_TYPE(!t.is_neg() && !t._is_zerotensor() && t.has_storage(), name,
                    ": expected a tensor with memory of its own, got one that torch computes when it is read; clone it");
 }
 

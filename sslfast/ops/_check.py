@@ -28,8 +28,6 @@ def check_floating(**tensors: Tensor) -> None:
     """Raise TypeError unless each is a dense float32, bfloat16, float16 or float64 tensor."""
     for name, t in tensors.items():
         check_dense(name, t)
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
         if t.dtype not in ROW_DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
@@ -75,16 +73,16 @@ def check_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
             raise ValueError(f"{name}: expected at most {largest_number(like):g}, got {value}")
 
 
-def check_number(name: str, value: object) -> float:
-    """`value` as a finite float, or raise."""
+def check_number(name: str, value: object, *, positive: bool = False) -> float:
+    """`value` as a float, or raise unless it is a finite number, or a positive one."""
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
     return number
 
 

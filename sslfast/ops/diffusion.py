@@ -425,8 +425,8 @@ def _check_diffusion_step(model, sample, coefficients, clip, threshold, history,
     check_like("model_output", model, "sample", sample, shape)
     rows = (sample.shape[0],) if isinstance(coefficients, Tensor) and coefficients.dim() == 2 else ()
     _check_side("coefficients", coefficients, torch.float32, (*rows, len(FIELDS)), sample.device)
-    if clip is not None and not check_number("clip", clip) > 0:
-        raise ValueError(f"clip: expected a positive number, got {clip}")
+    if clip is not None:
+        check_number("clip", clip, positive=True)
     if clip is not None and threshold is not None:
         raise ValueError("threshold: expected clip or threshold, got both")
     if threshold is not None:
@@ -450,7 +450,7 @@ def _check_diffusion_loss(prediction, target, timesteps, alphas_cumprod, predict
     _check_samples("prediction", prediction)
     check_like("target", target, "prediction", prediction)
     _check_timesteps(timesteps, alphas_cumprod, prediction, prediction_type)
-    if snr_gamma is not None and not check_number("snr_gamma", snr_gamma) > 0:
-        raise ValueError(f"snr_gamma: expected a positive number, got {snr_gamma}")
+    if snr_gamma is not None:
+        check_number("snr_gamma", snr_gamma, positive=True)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")

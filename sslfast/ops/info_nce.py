@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_floating, check_scalar, largest_number
+from sslfast.ops._check import check_floating, check_number, check_scalar, largest_number
 from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 _CUDA_MAX_DIM = 4096  # kInfoNceCudaMaxDim
@@ -43,6 +43,8 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
     """
     check_views(z1, z2, temperature, reduction)
+    if not isinstance(temperature, Tensor):
+        temperature = float(temperature)
     way = route(z1, z2, temperature)
     if way == REFERENCE or not _has_kernel(z1):
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
@@ -50,10 +52,10 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
         if isinstance(temperature, Tensor):
             temperature = temperature.to(z1.device)
         else:  # stays on the host, which saves kernels on a GPU
-            temperature = torch.full((), float(temperature), dtype=torch.float64)
+            temperature = torch.full((), temperature, dtype=torch.float64)
         return _C.nt_xent(z1, z2, temperature, reduction)  # without the dispatcher, which takes 60 µs a step
     if not isinstance(temperature, Tensor):  # on a GPU full() is a kernel, where tensor() would wait for a copy
-        temperature = torch.full((), float(temperature), dtype=torch.float64, device=z1.device)
+        temperature = torch.full((), temperature, dtype=torch.float64, device=z1.device)
     temperature = temperature.to(z1.device)
     return torch.ops.sslfast.info_nce_forward(z1, z2, temperature, reduction)[0]
 
@@ -74,9 +76,9 @@ def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: 
         raise ValueError(f"z2: expected the device of z1, {z1.device}, got {z2.device}")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
-    check_scalar("temperature", temperature, z1)
-    # Kernels multiply with the inverse.
-    if not isinstance(temperature, Tensor) and temperature < 1 / largest_number(z1):
+    if isinstance(temperature, Tensor):
+        check_scalar("temperature", temperature, z1)
+    elif check_number("temperature", temperature, positive=True) < 1 / largest_number(z1):  # kernels take the inverse
         raise ValueError(f"temperature: expected a positive number of finite inverse, got {temperature}")
 
 

@@ -46,9 +46,9 @@ def sigmoid_loss(
         check_scalar(name, value, queries)
     check_integer("first_key", first_key, -(2**63), 2**63 - 1)
     way = route(queries, keys, scale, bias)
-    if way == REFERENCE or not has_kernel(queries):
-        return reference.sigmoid_loss.sigmoid_loss(queries, keys, scale, bias, first_key)
     inputs = queries, keys, as_tensor(scale, queries), as_tensor(bias, queries)
+    if way == REFERENCE or not has_kernel(queries):
+        return reference.sigmoid_loss.sigmoid_loss(*inputs, first_key)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     if way == KERNEL:
         return _SigmoidLoss.apply(*inputs, first_key, gradients)

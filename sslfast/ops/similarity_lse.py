@@ -78,10 +78,10 @@ def similarity_lse(
     way = route(queries, keys, scale, exclude, key_bias)
     if columns and keys is None:
         raise ValueError("columns: expected False with keys=None, where columns are rows")
+    scale = as_tensor(scale, queries)
     if way == REFERENCE or not has_kernel(queries):
         lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
         return (lse, lse_columns) if lse_columns is not None else lse
-    scale = as_tensor(scale, queries)
     # The gradient of the queries alone is ready with the forward pass.
     others = (scale,) if keys is None else (scale, keys)
     key_sum = torch.is_grad_enabled() and queries.requires_grad and not any(t.requires_grad for t in others)
