@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from op_calls import CALLS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from op_calls import CALLS
 from sslfast.ops._route import DISPATCHER
 
 

@@ -1,6 +1,7 @@
-"""Tensors whose memory does not hold their values, or that are not where the others are: a right result or a sentence."""
+"""Tensors whose memory does not hold their values, or that are of another kind: a right result or a sentence."""
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -101,31 +102,39 @@ def test_refused_with_a_sentence(name, kind):
             op(*odd)
 
 
-def test_extension_functions_refuse_what_the_dispatcher_would_have_computed():
-    z, x = torch.randn(4, 6), torch.randn(2, 3, 4, 4)
-    odd = {
-        "negated": lazily_negated,
-        "zero": lambda t: torch._efficientzerotensor(t.shape),
-        "sparse": lambda t: t.to_sparse(),
-        "meta": lambda t: t.to("meta"),
-    }
-    for make in odd.values():
-        calls = [
-            lambda: _C.nt_xent(make(z), z, torch.tensor(0.5), "mean"),
-            lambda: _C.nt_xent(z, make(z), torch.tensor(0.5), "mean"),
-            lambda: _C.nt_xent(z, z, make(torch.tensor(0.5)), "mean"),
-            lambda: _C.similarity_lse_forward(make(z), None, torch.tensor(2.0), None, None, False, False),
-            lambda: _C.similarity_lse_forward(z, z, torch.tensor(2.0), None, make(torch.zeros(4)), False, False),
-            lambda: _C.sigmoid_loss_forward(z, z, torch.tensor(2.0), make(torch.tensor(0.0)), 0, True),
-            lambda: _C.group_norm_silu_forward(x, 3, make(torch.ones(3)), None, 1e-5),
-            lambda: _C.group_norm_silu_backward(x, x, 3, None, None, make(torch.ones(2, 3)), torch.ones(2, 3)),
-            lambda: _C.rotate4_forward(make(x)),
-            lambda: _C.rotate4_backward(make(torch.randn(4, 3, 4, 4))),
-            lambda: _C.diffusion_loss_forward(x, make(x), torch.arange(2), torch.rand(5), "epsilon", None),
-        ]
-        for call in calls:
-            with pytest.raises((TypeError, ValueError), match=": expected"):
-                call()
+Z, X, NUMBER = torch.randn(4, 6), torch.randn(2, 3, 4, 4), torch.tensor(0.5)
+STATISTICS, GRADIENT, T = torch.ones(2, 3), torch.randn(4, 3, 4, 4), torch.arange(2)
+# function of the extension, arguments, and which of them are made odd
+EXTENSION = {
+    "nt_xent": ((Z, Z, NUMBER, "mean"), (0, 1, 2)),
+    "similarity_lse_forward": ((Z, Z, NUMBER, None, torch.zeros(4), False, False), (0, 1, 2, 4)),
+    "sigmoid_loss_forward": ((Z, Z, NUMBER, NUMBER, 0, True), (0, 1, 2, 3)),
+    "group_norm_silu_forward": ((X, 3, torch.ones(3), torch.ones(3), 1e-5), (0, 2, 3)),
+    "group_norm_silu_backward": ((X, X, 3, None, None, STATISTICS, STATISTICS), (0, 1, 5, 6)),
+    "rotate4_forward": ((X,), (0,)),
+    "rotate4_backward": ((GRADIENT,), (0,)),
+    "diffusion_loss_forward": ((X, X, T, torch.rand(5), "epsilon", None), (0, 1, 3)),
+    "diffusion_loss_backward": ((torch.ones(2), X, X, T, torch.rand(5), "epsilon", None), (0, 1, 2, 4)),
+    "diffusion_step": ((X, X, torch.rand(12), None, None, [X], X, None, "fixed"), (0, 1, 2, 6)),
+    "diffusion_q_sample": ((X, T, torch.rand(5), "epsilon", X, None, 0), (0, 2, 4)),
+}
+ODD = {
+    "negated": lazily_negated,
+    "zero": lambda t: torch._efficientzerotensor(t.shape),
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", EXTENSION)
+def test_extension_refuses_what_the_dispatcher_would_have_computed(name, kind):
+    arguments, places = EXTENSION[name]
+    getattr(_C, name)(*arguments)
+    for place in places:
+        odd = [*arguments[:place], ODD[kind](arguments[place]), *arguments[place + 1 :]]
+        with pytest.raises((TypeError, ValueError), match=": expected"):
+            getattr(_C, name)(*odd)
 
 
 def test_keys_left_out_by_a_bias_may_hold_anything():
@@ -187,28 +196,26 @@ def test_norms_that_overflow_are_as_in_torch():
 def test_numbers_at_the_edge():
     z = torch.randn(4, 6)
     for temperature in (1e-42, 1e-310, 5e-324, float("inf"), float("nan"), 0.0, -1.0, 10**400):
-        with pytest.raises(ValueError, match="^temperature: expected a"):
+        with pytest.raises(ValueError, match=r"^temperature: expected a"):
             nt_xent(z, z, temperature)
     for temperature in (torch.tensor(1e-42), torch.tensor(float("nan")), torch.tensor(0.0)):
-        with pytest.raises(ValueError, match="^temperature: expected a"):
+        with pytest.raises(ValueError, match=r"^temperature: expected a"):
             nt_xent(z, z, temperature)
     assert nt_xent(z.double(), z.double(), 1e-42).isfinite()
-    from fractions import Fraction
-
     assert torch.equal(nt_xent(z, z, Fraction(1, 2)), nt_xent(z, z, 0.5))
     for scale in (torch.tensor(float("inf")), torch.tensor(float("nan")), 1e39, float("inf"), 10**400):
-        with pytest.raises(ValueError, match="^scale: expected"):
+        with pytest.raises(ValueError, match=r"^scale: expected"):
             similarity_lse(z, z, scale)
     x = torch.randn(2, 4, 3)
     for eps in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="^eps: expected"):
+        with pytest.raises(ValueError, match=r"^eps: expected"):
             group_norm_silu(x, 2, eps=eps)
-        with pytest.raises(ValueError, match="^eps: expected"):
+        with pytest.raises(ValueError, match=r"^eps: expected"):
             torch.ops.sslfast.group_norm_silu_forward(x, 2, None, None, eps)
     for wrong in ("1", [1.0]):
-        with pytest.raises(TypeError, match="^eps: expected a number"):
+        with pytest.raises(TypeError, match=r"^eps: expected a number"):
             group_norm_silu(x, 2, eps=wrong)
-        with pytest.raises(TypeError, match="^snr_gamma: expected a number"):
+        with pytest.raises(TypeError, match=r"^snr_gamma: expected a number"):
             diffusion_loss(x, x, torch.arange(2), torch.rand(5), snr_gamma=wrong)
 
 

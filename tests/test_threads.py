@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,12 +29,14 @@ def with_gradients(function, *inputs: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out.sum(), inputs)]
 
 
+KEYS = rows(2000).detach()
+
 # Large enough for as many tasks as threads: what a kernel keeps for each thread is used.
 LARGE = {
     "nt_xent": lambda: with_gradients(nt_xent, rows(700), rows(700)),
     "nt_xent bfloat16": lambda: with_gradients(nt_xent, rows(700, torch.bfloat16), rows(700, torch.bfloat16)),
     "similarity_lse": lambda: with_gradients(lambda q, k: similarity_lse(q, k, 0.2), rows(700), rows(2000)),
-    "similarity_lse of queries": lambda: with_gradients(lambda q: similarity_lse(q, rows(2000).detach(), 0.2), rows(70)),
+    "similarity_lse of queries": lambda: with_gradients(lambda q: similarity_lse(q, KEYS, 0.2), rows(70)),
     "similarity_lse self": lambda: with_gradients(lambda q: similarity_lse(q, None, 0.2), rows(900, torch.bfloat16)),
     "sigmoid_loss": lambda: with_gradients(lambda q, k: sigmoid_loss(q, k, 0.2), rows(700), rows(2000)),
     "group_norm_silu": lambda: with_gradients(lambda x: group_norm_silu(x.view(-1, 40, 5, 5), 8), rows(1000)),
@@ -69,14 +72,9 @@ print("fine")
 
 
 def test_first_call_of_a_thread_after_another_raised_the_number():
-    run = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd="tests" if _at_root() else None, capture_output=True, text=True)
+    folder = Path(__file__).parent  # where this module is found
+    run = subprocess.run([sys.executable, "-c", FIRST_CALL], cwd=folder, capture_output=True, text=True)
     assert run.stdout == "fine\n", run.stderr
-
-
-def _at_root() -> bool:
-    import pathlib
-
-    return pathlib.Path("tests/test_threads.py").exists()
 
 
 @pytest.mark.parametrize("seconds", [4])

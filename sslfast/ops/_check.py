@@ -9,8 +9,6 @@ from torch import Tensor
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-
-
 def largest_number(like: Tensor) -> float:
     """The largest finite number of the arithmetic for `like`."""
     return torch.finfo(torch.float64 if like.dtype == torch.float64 else torch.float32).max
@@ -84,6 +82,14 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
     if not math.isfinite(number) or (positive and number <= 0):
         raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
     return number
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise unless it is one of the choices, which are all of one type."""
+    if not isinstance(value, type(choices[0])):
+        raise TypeError(f"{name}: expected one of {choices}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def check_integer(name: str, value: int, low: int, high: int) -> None:

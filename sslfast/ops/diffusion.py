@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_dense, check_floating, check_integer, check_like, check_number
+from sslfast.ops._check import (
+    ROW_DTYPES,
+    check_choice,
+    check_dense,
+    check_floating,
+    check_integer,
+    check_like,
+    check_number,
+)
 from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -37,11 +45,16 @@ def diffusion_noise(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_seeds(seeds, seeds.shape[0] if isinstance(seeds, Tensor) and seeds.dim() else 0, None)
+    check_dense("seeds", seeds)
+    _check_seeds(seeds, seeds.shape[0] if seeds.dim() else 0, None)
     check_integer("step", step, 0, 2**32 - 1)
-    check_floating(dtype=torch.empty(0, dtype=dtype))
-    shape = [int(n) for n in shape]
-    if min(shape, default=1) < 0 or math.prod(shape) > MAX_NORMALS:
+    check_choice("dtype", dtype, ROW_DTYPES)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
+    shape = list(shape)
+    for n in shape:
+        check_integer("shape", n, 0, MAX_NORMALS)
+    if math.prod(shape) > MAX_NORMALS:
         raise ValueError(f"shape: expected at most {MAX_NORMALS} elements, got {tuple(shape)}")
     if seeds.device.type in DEVICES and route(seeds) == KERNEL:
         return _C.diffusion_noise(seeds, shape, step, dtype)
@@ -409,14 +422,12 @@ def _check_timesteps(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor, pr
     _check_side("timesteps", timesteps, torch.int64, (like.shape[0],), like.device)
     steps = alphas_cumprod.shape if isinstance(alphas_cumprod, Tensor) and alphas_cumprod.dim() == 1 else (0,)
     _check_side("alphas_cumprod", alphas_cumprod, torch.float32, tuple(steps), like.device)
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {prediction_type!r}")
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def _check_diffusion_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance) -> None:
     _check_samples("sample", sample)
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: expected one of {VARIANCES}, got {variance!r}")
+    check_choice("variance", variance, VARIANCES)
     shape = tuple(sample.shape)
     if variance != "fixed":
         if sample.dim() < 2:
@@ -452,5 +463,4 @@ def _check_diffusion_loss(prediction, target, timesteps, alphas_cumprod, predict
     _check_timesteps(timesteps, alphas_cumprod, prediction, prediction_type)
     if snr_gamma is not None:
         check_number("snr_gamma", snr_gamma, positive=True)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_floating, check_number, check_scalar, largest_number
+from sslfast.ops._check import check_choice, check_floating, check_number, check_scalar, largest_number
 from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 _CUDA_MAX_DIM = 4096  # kInfoNceCudaMaxDim
@@ -74,8 +74,7 @@ def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: 
         raise TypeError(f"z2: expected the dtype of z1, {z1.dtype}, got {z2.dtype}")
     if z1.device != z2.device:
         raise ValueError(f"z2: expected the device of z1, {z1.device}, got {z2.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(temperature, Tensor):
         check_scalar("temperature", temperature, z1)
     elif check_number("temperature", temperature, positive=True) < 1 / largest_number(z1):  # kernels take the inverse

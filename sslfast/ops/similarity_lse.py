@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import as_tensor, check_dense, check_floating, check_rows, check_scalar
+from sslfast.ops._check import as_tensor, check_choice, check_dense, check_floating, check_rows, check_scalar
 from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 
@@ -76,6 +76,7 @@ def similarity_lse(
     """
     _check(queries, keys, scale, exclude, key_bias)
     way = route(queries, keys, scale, exclude, key_bias)
+    check_choice("columns", columns, (True, False))
     if columns and keys is None:
         raise ValueError("columns: expected False with keys=None, where columns are rows")
     scale = as_tensor(scale, queries)
@@ -120,7 +121,7 @@ def similarity_lse_backward(
         _check_vector(name, t, like)
     if (lse_columns is None) != (grad_columns is None) or (lse_columns is not None and keys is None):
         raise ValueError("lse_columns, grad_columns: expected both or neither, and neither with keys=None")
-    if keys is not None and lse_columns is not None:
+    if keys is not None and lse_columns is not None and grad_columns is not None:
         _check_vector("lse_columns", lse_columns, keys)
         _check_vector("grad_columns", grad_columns, keys)
     scale = as_tensor(scale, queries)
@@ -155,7 +156,7 @@ def _check(queries, keys, scale, exclude, key_bias) -> None:
             raise TypeError("key_bias: it gets no gradient; expected a tensor that needs none (detach it)")
 
 
-def _check_vector(name: str, t: Tensor | None, rows: Tensor) -> None:
+def _check_vector(name: str, t: Tensor, rows: Tensor) -> None:
     check_floating(**{name: t})
     if t.shape != rows.shape[:1]:
         raise ValueError(f"{name}: expected shape {tuple(rows.shape[:1])}, got {tuple(t.shape)}")
