@@ -48,7 +48,8 @@ def diffusion_noise(
     check_dense("seeds", seeds)
     _check_seeds(seeds, seeds.shape[0] if seeds.dim() else 0, None)
     check_integer("step", step, 0, 2**32 - 1)
-    check_choice("dtype", dtype, ROW_DTYPES)
+    if not isinstance(dtype, torch.dtype) or dtype not in ROW_DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
     shape = list(shape)
