@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,7 +148,9 @@ class RandomAugment(nn.Module):
         if memory_format not in (torch.contiguous_format, torch.channels_last):
             raise ValueError(f"memory_format: expected contiguous_format or channels_last, got {memory_format}")
         self.channels_last = memory_format == torch.channels_last  # since a torch.memory_format cannot be pickled
-        self.seed, self.epoch, self._seeds = seed, 0, _Seeds(generator)
+        self.seed = seed
+        self.generator = generator
+        self._epoch = _shared(0)
 
     @property
     def generator(self) -> torch.Generator | None:
@@ -155,10 +158,23 @@ class RandomAugment(nn.Module):
 
     @generator.setter
     def generator(self, generator: torch.Generator | None) -> None:
-        self._seeds = _Seeds(generator)
+        self._seeds = _Seeds.of(generator)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __copy__(self) -> RandomAugment:
+        copied = type(self).__new__(type(self))
+        copied.__dict__ |= self.__dict__ | {"_epoch": _shared(self.epoch)}
+        return copied
 
     def set_epoch(self, epoch: int) -> None:
-        """With a seed: the epoch that later calls draw for."""
+        """With a seed: the epoch that later calls draw for, also those in workers of a DataLoader that live on."""
         self.epoch = epoch
 
     def draw(self, images, sample_ids=None, epoch: int | None = None) -> AugmentParams:
@@ -205,8 +221,16 @@ class RandomAugment(nn.Module):
 class _Seeds:
     """Draws a seed for each call from a generator, or from torch's own, but never from a copy as if it were the one.
 
-    Processes that get a copy of an object would otherwise all draw the same.
+    Processes that get a copy of an object would otherwise all draw the same. There is one object for each generator, so
+    that transforms which share it still do after they were pickled together.
     """
+
+    @classmethod
+    def of(cls, generator: torch.Generator | None) -> _Seeds:
+        seeds = _of_generator.get(id(generator))
+        if seeds is None or seeds.generator is not generator:
+            seeds = _of_generator[id(generator)] = cls(generator)
+        return seeds
 
     def __init__(self, generator: torch.Generator | None):
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -243,6 +267,18 @@ class _Seeds:
             state = torch.frombuffer(bytearray(saved["state"]), dtype=torch.uint8)
             self.generator = torch.Generator()
             self.generator.set_state(state)
+
+
+_of_generator: weakref.WeakValueDictionary[int, _Seeds] = weakref.WeakValueDictionary()
+
+
+def _shared(number: int) -> Tensor:
+    """A whole number that a process and its workers see alike."""
+    tensor = torch.tensor(number)
+    try:
+        return tensor.share_memory_()
+    except RuntimeError:  # without shared memory there are no workers either
+        return tensor
 
 
 def _process() -> tuple[str, int]:
