@@ -9,9 +9,9 @@ from torch import Tensor
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def largest_number(like: Tensor) -> float:
-    """The largest finite number of the arithmetic for `like`."""
-    return torch.finfo(torch.float64 if like.dtype == torch.float64 else torch.float32).max
+def largest_number(like: Tensor | None) -> float:
+    """The largest finite number of the arithmetic for `like`, which is float32 at least."""
+    return torch.finfo(torch.float64 if like is None or like.dtype == torch.float64 else torch.float32).max
 
 
 def check_dense(name: str, t: Tensor) -> None:
@@ -58,17 +58,16 @@ def check_rows(queries: Tensor, keys: Tensor) -> None:
             raise ValueError(f"keys: expected the device of queries, {queries.device}, got {t.device}")
 
 
-def check_scalar(name: str, value: float | Tensor, like: Tensor) -> None:
+def check_scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> None:
     """Raise unless it is a number, finite in the arithmetic for `like`, or a floating-point tensor with one element."""
     if isinstance(value, Tensor):
         check_floating(**{name: value})
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
-        if value.is_meta and not like.is_meta:
+        if value.is_meta and like is not None and not like.is_meta:
             raise ValueError(f"{name}: expected a tensor with a value, got one on meta")
-    else:
-        if abs(check_number(name, value)) > largest_number(like):
-            raise ValueError(f"{name}: expected at most {largest_number(like):g}, got {value}")
+    elif abs(check_number(name, value)) > largest_number(like):
+        raise ValueError(f"{name}: expected at most {largest_number(like):g}, got {value}")
 
 
 def check_number(name: str, value: object, *, positive: bool = False) -> float:

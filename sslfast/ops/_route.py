@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from sslfast import _C
 
 KERNEL, DISPATCHER, REFERENCE, _TRANSFORM = range(4)
-DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+DEVICES: tuple[str, ...] = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 
 def route(*arguments: object) -> int:
