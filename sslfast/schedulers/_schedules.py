@@ -86,7 +86,8 @@ def falling(timesteps, count: int) -> np.ndarray:
 
 
 def sigmas_between(choice: str, config, sigmas: np.ndarray, steps: int) -> np.ndarray:
-    """Falling sigmas: Karras et al., arXiv 2206.00364, equation 5 with ρ = 7; or even steps of ln σ."""
+    """Falling sigmas: Karras et al., arXiv 2206.00364, equation 5 with ρ = 7; even steps of ln σ; or the quantiles
+    of a beta distribution, Lee et al., arXiv 2407.12173."""
     share = np.linspace(0, 1, steps)
     if choice == "use_lu_lambdas":  # of the logarithms that are float32
         first, last = np.log(sigmas[-1]).item(), np.log(sigmas[0]).item()
@@ -98,6 +99,10 @@ def sigmas_between(choice: str, config, sigmas: np.ndarray, steps: int) -> np.nd
     if choice == "use_karras_sigmas":
         first, last = largest ** (1 / 7), smallest ** (1 / 7)
         return (first + share * (last - first)) ** 7
+    if choice == "use_beta_sigmas":
+        from scipy.stats import beta  # here, because it is slow to import
+
+        return smallest + beta.ppf(1 - share, 0.6, 0.6) * (largest - smallest)
     return np.exp(np.linspace(math.log(largest), math.log(smallest), steps))
 
 
@@ -107,7 +112,9 @@ def sigma_to_t(chosen: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     The ends are met exactly: 999, not 998.99…, which would become 998.
     """
     log_sigmas, log_chosen = np.log(sigmas), np.log(np.maximum(chosen, 1e-10))
-    low = (np.searchsorted(log_sigmas, log_chosen, side="right") - 1).clip(0, len(sigmas) - 2)
+    below = log_sigmas[:, None] <= log_chosen  # not sorted where the last sigma stands in for infinity
+    last_below = np.where(below.any(0), len(sigmas) - 1 - below[::-1].argmax(0), 0)
+    low = last_below.clip(max=len(sigmas) - 2)
     share = (log_sigmas[low] - log_chosen) / (log_sigmas[low] - log_sigmas[low + 1])
     share = share.clip(0, 1)
     return (1 - share) * low + share * (low + 1)

@@ -17,7 +17,7 @@ class DPMSolverMultistepScheduler(Scheduler):
     """DPM-Solver++ in its multistep form, with the arguments and results of diffusers' DPMSolverMultistepScheduler.
 
     The algorithms "dpmsolver++" (orders 1 to 3) and "sde-dpmsolver++" (1 and 2), epsilon, sample and v prediction,
-    Karras', exponential and uniform-logSNR sigmas. What else diffusers has raises NotImplementedError.
+    Karras', exponential, beta and uniform-logSNR sigmas. What else diffusers has raises NotImplementedError.
 
     Source: Lu et al., "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", arXiv
     2211.01095; diffusers.
@@ -55,7 +55,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
     ):
-        for name in ("use_beta_sigmas", "use_flow_sigmas", "use_dynamic_shifting"):
+        for name in ("use_flow_sigmas", "use_dynamic_shifting"):
             if self.config[name]:
                 raise NotImplementedError(f"{name}=True is not implemented")
         if prediction_type == "flow_prediction":
@@ -70,8 +70,8 @@ class DPMSolverMultistepScheduler(Scheduler):
             raise NotImplementedError(f"solver_type={solver_type!r} is not implemented; 'midpoint' and 'heun' are")
         if algorithm_type.startswith("sde") and solver_order == 3:
             raise NotImplementedError("solver_order=3 is not implemented for algorithm_type='sde-dpmsolver++'")
-        if use_karras_sigmas and use_exponential_sigmas:
-            raise ValueError("use_karras_sigmas: expected no use_exponential_sigmas beside it")
+        if use_karras_sigmas + use_exponential_sigmas + use_beta_sigmas > 1:
+            raise ValueError("use_karras_sigmas: expected at most one of Karras', exponential and beta sigmas")
         self._check_config(solver_order=(1, 2, 3), final_sigmas_type=("zero", "sigma_min"))
         self._make_betas()
         if rescale_betas_zero_snr:
@@ -89,7 +89,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         if mu is not None:
             raise NotImplementedError("mu: dynamic shifting is not implemented")
         sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt().cpu().numpy()
-        choices = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas")
+        choices = ("use_karras_sigmas", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas")
         choice = next((name for name in choices if self.config[name]), None)
         if is_custom(num_inference_steps, timesteps):
             if choice:
@@ -100,7 +100,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         if choice:
             chosen = sigmas_between(choice, self.config, sigmas, num_inference_steps or 0)
             steps = sigma_to_t(chosen, sigmas)
-            if choice != "use_exponential_sigmas" and self.config.beta_schedule != "squaredcos_cap_v2":
+            if choice in choices[:2] and self.config.beta_schedule != "squaredcos_cap_v2":
                 steps = steps.round()
         else:
             chosen = np.interp(steps, np.arange(len(sigmas)), sigmas)
