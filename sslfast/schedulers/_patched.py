@@ -72,9 +72,12 @@ def _check(scheduler, model_output: Tensor, timestep, sample: Tensor) -> int:
 
 def _with_generators_kept(step: Callable, generator, device: torch.device):
     """step(); if it fails, the generators are as they were, so that diffusers' own step draws the same noise."""
-    generators = generator if isinstance(generator, list | tuple) else [generator]
     default = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
-    states = [(each or default, (each or default).get_state()) for each in generators]
+    generators = generator if isinstance(generator, list) else [generator]
+    generators = [default if each is None else each for each in generators]
+    if not all(isinstance(each, torch.Generator) for each in generators):
+        raise NotImplementedError(f"generator: expected one, or a list of them, got {generator}")
+    states = [(each, each.get_state()) for each in generators]
     try:
         return step()
     except BaseException:

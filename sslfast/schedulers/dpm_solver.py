@@ -217,6 +217,9 @@ class DPMSolverMultistepScheduler(Scheduler):
             ratios = torch.full((count, 4), torch.nan, dtype=torch.float64)
             for behind in range(-1, 3):
                 ratios[max(behind, 0) :, behind + 1] = column.roll(behind)[max(behind, 0) : count]
+                if behind == 0:  # no step back by a rounding, of which an SDE would make the root
+                    target, source = ratios[:, 0], ratios[:, 1]
+                    target.copy_(torch.where((target - source).abs() <= 3e-7 * source, source, target))
                 if behind >= 0:  # rows of order 1, 2 and 3
                     rows.append(
                         _C.dpm_coefficients(
