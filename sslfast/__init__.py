@@ -25,3 +25,11 @@ def _load_extension() -> None:
 _load_extension()
 
 from sslfast.patch import patch as patch  # noqa: E402
+
+
+def __getattr__(name: str):
+    if name == "schedulers":  # not before it is needed: where diffusers is installed, it imports diffusers
+        import importlib
+
+        return importlib.import_module("sslfast.schedulers")
+    raise AttributeError(f"module 'sslfast' has no attribute {name!r}")

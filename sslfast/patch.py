@@ -9,15 +9,13 @@ import functools
 import importlib
 import logging
 import pkgutil
-import weakref
 from collections import Counter
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast import distributed, losses, schedulers
+from sslfast import distributed, losses
 from sslfast.losses._common import within_autocast
 from sslfast.losses.supcon import check_defaults
 
@@ -291,29 +289,10 @@ def _info_nce_function(
     return losses.InfoNCE(temperature, reduction, negative_mode)(query, positive_key, negative_keys).to(dtype)
 
 
-Kind = type[schedulers.DDPMScheduler] | type[schedulers.DDIMScheduler]
-_MODULES: dict[Kind, str] = {
-    schedulers.DDPMScheduler: "diffusers.schedulers.scheduling_ddpm",
-    schedulers.DDIMScheduler: "diffusers.schedulers.scheduling_ddim",
-}
-_schedulers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # theirs: (its timesteps, ours)
+def _diffusers_step(name: str, *args, **kwargs):
+    from sslfast.schedulers import _patched  # not before it is needed: it imports diffusers
 
-
-def _diffusers_step(kind: Kind, scheduler, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
-    """A step with the coefficients and the noise of diffusers' scheduler, from ours of the same configuration."""
-    if scheduler.config.get("variance_type") == "fixed_large_log":
-        raise Unsupported("variance_type: fixed_large_log is NaN in diffusers")
-    if torch.promote_types(model_output.dtype, sample.dtype) != sample.dtype:
-        raise Unsupported(f"model_output: {model_output.dtype} with a sample of {sample.dtype}")
-    timesteps, faster = _schedulers.get(scheduler, (None, None))
-    if timesteps is not scheduler.timesteps:  # set_timesteps was called
-        faster = kind.from_config(dict(scheduler.config)).follow(scheduler)
-        _schedulers[scheduler] = scheduler.timesteps, faster
-    found = faster.step(model_output, timestep, sample, *args, **kwargs)
-    if isinstance(found, tuple):
-        return found
-    output = pkgutil.resolve_name(f"{_MODULES[kind]}:{kind.__name__}Output")
-    return output(**found)
+    return getattr(_patched, name)(*args, **kwargs)
 
 
 FASTER: dict[str, dict[str, Callable]] = {
@@ -333,7 +312,8 @@ FASTER: dict[str, dict[str, Callable]] = {
         "info_nce:info_nce": _info_nce_function,
     },
     "diffusers": {
-        f"{module}:{kind.__name__}.step": functools.partial(_diffusers_step, kind) for kind, module in _MODULES.items()
+        "diffusers.schedulers.scheduling_ddpm:DDPMScheduler.step": functools.partial(_diffusers_step, "ddpm_step"),
+        "diffusers.schedulers.scheduling_ddim:DDIMScheduler.step": functools.partial(_diffusers_step, "ddim_step"),
     },
 }
 """By library: the places whose functions are exchanged, and what takes their place."""
