@@ -27,6 +27,7 @@ from sslfast.evaluation.neighbours import knn_accuracy
 from sslfast.methods import simclr
 from sslfast.models import build_encoder, projection_head
 from sslfast.training import checkpoint, data, optimizers
+from sslfast.training.loop import best_precision
 
 WARM_STEPS = 10
 
@@ -134,7 +135,7 @@ def main() -> None:
             encoder, rate = train_ours(config)
         else:
             encoder, rate = train_peer(train, config, row == "peer bfloat16", options.workers)
-        kinds = {row: encoder_features(encoder, "cpu", simclr.best_precision("cpu"))}
+        kinds = {row: encoder_features(encoder, "cpu", best_precision("cpu"))}
         (known, _), (unknown, _) = (extract(kinds, split, train.size) for split in (train, test))
         mean = known[row].mean(0)
         sets = (known[row] - mean, train.labels, unknown[row] - mean, test.labels)

@@ -160,9 +160,9 @@ def test_a_loss_of_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkey
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "--epochs must be more than 0, not 0"),
-        ({"temperature": -0.5}, "--temperature must be more than 0, not -0.5"),
-        ({"lr": float("nan")}, "--lr must be more than 0, not nan"),
+        ({"epochs": 0}, "--epochs must be at least 1, not 0"),
+        ({"temperature": -0.5}, "--temperature must be at least 0.0001, not -0.5"),
+        ({"lr": float("nan")}, "--lr must be a finite number, not nan"),
         ({"flip": 1.5}, "--flip must be at most 1, not 1.5"),
         ({"weight_decay": -1.0}, "--weight-decay must be at least 0, not -1.0"),
         ({"size": 27}, "--size must be even for the small encoder, not 27"),
@@ -207,7 +207,7 @@ def test_a_batch_larger_than_the_data(tmp_path):
 def test_variants_learn(tmp_path, changes):
     train(small(tmp_path / "run", epochs=2, **changes))
     losses = [line["loss"] for line in metrics(tmp_path / "run")]
-    assert losses[-1] < losses[0] - 0.2
+    assert sum(losses[-5:]) / 5 < sum(losses[:3]) / 3 - 0.2
 
 
 @pytest.fixture(scope="module")

@@ -265,7 +265,7 @@ def test_a_discriminator_that_has_won_is_warned_of_once(tmp_path, monkeypatch, c
         ({"size": 30}, "--networks small --size 30: the size must be 4 to 7 times a power of two"),
         ({"alpha": -0.1}, "--alpha must be at least 0, not -0.1"),
         ({"average": 1.5}, "--average must be at most 1, not 1.5"),
-        ({"discriminator_steps": 0}, "--discriminator-steps must be more than 0, not 0"),
+        ({"discriminator_steps": 0}, "--discriminator-steps must be at least 1, not 0"),
         ({"device": "abacus"}, "--device abacus cannot be used"),
     ],
     ids=str,

@@ -9,7 +9,7 @@ network knows about images on the way, a linear probe can read: `sslfast evaluat
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,13 +19,29 @@ from torch import Tensor, nn
 from sslfast.evaluation.sampling import build_unet
 from sslfast.ops import diffusion_loss, q_sample
 from sslfast.schedulers import DDPMScheduler
-from sslfast.training import UserError, data, distributed, optimizers
+from sslfast.training import UserError, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, best_precision, check, parse
+from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.options import (
+    MAY_CHANGE,
+    Count,
+    Depth,
+    Epochs,
+    LearningRate,
+    NotNegative,
+    Pixels,
+    Positive,
+    RunOptions,
+    Share,
+    Whole,
+    Width,
+    at_least,
+    at_most,
+)
 
 
-@dataclasses.dataclass
-class DDPM:
+@dataclasses.dataclass(kw_only=True)
+class DDPM(RunOptions):
     """Train a diffusion model on images, then judge what it draws.
 
     Writes a folder: metrics.jsonl, TensorBoard events, checkpoints, and at the end figures and pictures.
@@ -33,79 +49,47 @@ class DDPM:
     Example: sslfast ddpm --data fashion-mnist
     """
 
-    data: str = "digits"
-    """What to train on: digits (comes with scikit-learn), fashion-mnist, cifar10, or a directory with images
-    (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg) or with MNIST's four idx files."""
-    data_dir: str = "~/.cache/sslfast"
-    """Where downloaded data sets are kept."""
-    run: str = ""
-    """The folder to write; by default runs/ddpm-DATA-DATE-TIME."""
-    resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --device, --workers, --corrupt,
-    --log-every, --checkpoint-seconds and --evaluate may be changed."""
-
-    epochs: int = 3
-    """How often each image is seen."""
-    batch_size: int = 64
-    """Images a step."""
-    lr: float = 1e-3
+    epochs: Annotated[Count, MAY_CHANGE] = 3
+    batch_size: Count = 64
+    lr: LearningRate = 1e-3
     """Learning rate of AdamW. It rises from 0 at first and then stays: the averaged weights need no decay."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Weight decay of matrices and filters; biases and normalisation have none."""
-    warmup_epochs: float = 0.5
+    warmup_epochs: Epochs = 0.5
     """Epochs in which the learning rate rises."""
-    clip: float = 1.0
+    clip: Positive = 1.0
     """Longest gradient that a step may follow; longer ones are shortened to it."""
-    average: float = 0.999
+    average: Share = 0.999
     """How much of the moving average of the weights stays in each step (less at first: (1 + step) / (10 + step))."""
 
-    widths: tuple[int, ...] = (64, 64, 64)
+    widths: tuple[Width, ...] = (64, 64, 64)
     """Channels of the U-Net at each resolution; each resolution is half of the one before. Multiples of 8."""
-    blocks: int = 1
+    blocks: Depth = 1
     """Residual blocks of each resolution on the way down; one more on the way up."""
-    attention: tuple[int, ...] = (2,)
+    attention: tuple[Whole, ...] = (2,)
     """Which resolutions, counted from 0, have self-attention. The middle of the U-Net always has."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Probability of dropout in residual blocks: 0.1 on small data seen often."""
-    patch: int = 1
+    patch: Count = 1
     """Fold blocks of patch × patch pixels into channels: with 2 a fourth of the work, and coarser detail."""
     conditional: bool = False
     """Tell the network the class of each image, so that one can ask for classes when sampling."""
-    drop_class: float = 0.1
+    drop_class: Share = 0.1
     """With --conditional: how often the class is withheld, which classifier-free guidance needs."""
 
-    timesteps: int = 1000
+    timesteps: Annotated[int, at_least(1), at_most(100_000)] = 1000
     """Steps of the noise schedule."""
     schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "squaredcos_cap_v2"
     """The noise schedule; squaredcos_cap_v2 is the cosine one (arXiv 2102.09672)."""
     prediction: Literal["epsilon", "sample", "v_prediction"] = "v_prediction"
     """What the network predicts: the noise, the image, or the velocity (arXiv 2202.00512)."""
-    min_snr: float = 5.0
+    min_snr: NotNegative = 5.0
     """γ of min-SNR weighting (arXiv 2303.09556); 0 weighs all timesteps alike."""
 
-    size: int = 0
+    size: Pixels = 0
     """Height and width of the images in pixels; 0: as the data, 64 for image files."""
-    flip: float = 0.0
-    """Probability of a horizontal flip: 0.5 for photographs."""
-
-    seed: int = 0
-    """Seed of everything random: weights, order, timesteps, noise and dropout."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the network; auto: bfloat16 where the hardware multiplies matrices in it."""
     compile: bool = False
     """Compile the network with torch.compile: a minute or two at the start, faster steps."""
-    workers: int = 2
-    """Processes that decode image files; data sets in memory need none."""
-    corrupt: Literal["skip", "stop"] = "skip"
-    """What to do when an image file cannot be decoded: name it and go on, or stop."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    evaluate: bool = True
-    """Judge the network when it is trained, as `sslfast evaluate RUN` does."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -124,29 +108,10 @@ def main(args: list[str] | None = None) -> None:
 
 def train(config: DDPM) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
-    positive = ("epochs", "batch_size", "lr", "clip", "blocks", "patch", "timesteps", "log_every")
-    not_negative = (
-        "weight_decay",
-        "warmup_epochs",
-        "average",
-        "dropout",
-        "drop_class",
-        "min_snr",
-        "size",
-        "flip",
-        "workers",
-    )
-    check(config, positive, not_negative, at_most_1=("average", "dropout", "drop_class", "flip"))
-    with distributed.one_rank_first():
-        images = data.load(config.data, "train", config.data_dir)
-    steps_per_epoch = len(images) // config.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
+    config, images = start(config, file_size=64)
+    size, steps_per_epoch = config.size, len(images) // config.batch_size
     if config.conditional and (images.labels < 0).any():
         raise UserError("--conditional needs images in class folders: some of these have no class")
-    precision = best_precision(config.device) if config.precision == "auto" else config.precision
-    size = config.size or (images.size if isinstance(images.source, Tensor) else 64)
-    config = dataclasses.replace(config, size=size, precision=precision)
     facts = {"channels": images.channels, "classes": images.classes}
     if size % config.patch or any(not 0 <= level < len(config.widths) for level in config.attention):
         raise UserError(
@@ -154,7 +119,6 @@ def train(config: DDPM) -> Path | None:
             f"{config.attention}"
         )
 
-    torch.manual_seed(config.seed)
     device = distributed.local_device(config.device)
     unet = network(config, facts).to(device).to(memory_format=torch.channels_last)
     average = copy.deepcopy(unet).requires_grad_(False)

@@ -14,23 +14,26 @@ import dataclasses
 import math
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslfast.distributed import all_gather, world_size
-from sslfast.models import EncoderName, build_encoder, projection_head
+from sslfast.models import build_encoder, projection_head
 from sslfast.ops.similarity_lse import similarity_lse
 from sslfast.training import UserError, data, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, best_precision, check, parse
+from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.options import MAY_CHANGE, EncoderOptions, Must, NotNegative, Share, at_least, at_most
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment
 
+LEAST = 2  # images of a step: BatchNorm needs two
 
-@dataclasses.dataclass
-class MoCo:
+
+@dataclasses.dataclass(kw_only=True)
+class MoCo(EncoderOptions):
     """Train an encoder on unlabelled images with MoCo, then evaluate it.
 
     Writes a folder: metrics.jsonl, TensorBoard events, checkpoints, and at the end accuracies and pictures. An option
@@ -40,81 +43,25 @@ class MoCo:
     Example: sslfast moco --data fashion-mnist --epochs 10
     """
 
-    data: str = "digits"
-    """What to train on: digits (comes with scikit-learn), fashion-mnist, cifar10, or a directory with images
-    (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg) or with MNIST's four idx files."""
-    data_dir: str = "~/.cache/sslfast"
-    """Where downloaded data sets are kept."""
-    run: str = ""
-    """The folder to write; by default runs/moco-DATA-DATE-TIME."""
-    resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --lr, --device, --workers,
-    --corrupt, --log-every, --checkpoint-seconds and --evaluate may be changed."""
-
     version: Literal[1, 2, 3] = 2
     """1: a linear head. 2: an MLP head, and blur in the augmentation of photographs. 3: no queue, a predictor, a
     momentum that rises to 1, and both views as queries."""
-    queue: int = 0
+    queue: Annotated[int, at_least(0), at_most(2**24)] = 0
     """Keys of past steps that are negatives; 0: 65536, or 4096 for small images. Version 3 has none."""
-    key_momentum: float = 0.0
+    key_momentum: Share = 0.0
     """How much of its weights the key encoder keeps in a step; 0: 0.999, or 0.99 for small images and in version 3."""
-    temperature: float = 0.0
+    temperature: Annotated[float, Must("be 0 or at least 0.0001", lambda t: t == 0 or t >= 1e-4), at_most(1e4)] = 0.0
     """Temperature of the loss; 0: 0.07 in version 1, 0.2 in version 2, 1 in version 3, or 0.1 for small images."""
     symmetric: bool = False
     """Use each view once as query and once as key. Version 3 always does."""
-    bn_groups: int = 0
+    bn_groups: Annotated[int, at_least(0), at_most(2**20)] = 0
     """Groups of a batch that pass BatchNorm by themselves, shuffled for the keys, and dealt to the ranks, one to each
     at least; 0: 8, or 1 in version 3."""
 
-    epochs: int = 5
-    """How often each image is seen."""
-    batch_size: int = 512
-    """Images a step."""
-    lr: float = 0.0
+    lr: Annotated[NotNegative, MAY_CHANGE] = 0.0
     """Learning rate at a batch of 256, which is multiplied by batch_size / 256; 0: 0.03, or 0.3 in version 3."""
-    optimizer: Literal["sgd", "lars"] = "sgd"
-    """SGD with momentum, or LARS (for batches of thousands; v3's choice for ResNets)."""
-    momentum: float = 0.9
-    """Momentum of either optimizer."""
-    weight_decay: float = 5e-4
+    weight_decay: NotNegative = 5e-4
     """Weight decay of matrices and filters; biases and normalisation have none. The papers use 1e-4 for photographs."""
-    warmup_epochs: float = 0.5
-    """Epochs in which the learning rate rises from 0; afterwards it falls along half a cosine."""
-
-    encoder: EncoderName = "small"
-    """small: a few convolutions, made for 16 to 64 pixels on a CPU. resnet*-cifar: with a stem for 32 pixels."""
-    head_hidden: int = 512
-    """Width of the hidden layers of head and predictor."""
-    head_features: int = 128
-    """Width of the vectors that the loss compares."""
-
-    size: int = 0
-    """Height and width of the views in pixels; 0: as the data (28 or 32), 224 for image files."""
-    crop_scale: float = 0.2
-    """Smallest area of a random crop, as a part of the image; the largest is 1."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-
-    seed: int = 0
-    """Seed of everything random: weights, order and augmentation."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of encoder and head; auto: bfloat16 where the hardware multiplies matrices in it."""
-    sync_batchnorm: bool = False
-    """Under torchrun: BatchNorm sees the batch of all ranks instead of each rank its own part."""
-    compile: bool = False
-    """Compile the model with torch.compile: a minute at the start, faster steps."""
-    workers: int = 2
-    """Processes that decode image files; data sets in memory need none."""
-    corrupt: Literal["skip", "stop"] = "skip"
-    """What to do when an image file cannot be decoded: name it and go on, or stop."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    evaluate: bool = True
-    """Evaluate the encoder when it is trained, as `sslfast evaluate RUN` does."""
 
 
 RECIPES: dict[int, dict[str, float]] = {
@@ -141,15 +88,13 @@ def main(args: list[str] | None = None) -> None:
 
 def train(config: MoCo) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
-    with distributed.one_rank_first():
-        images = data.load(config.data, "train", config.data_dir)
+    config, images = start(config, LEAST)
     config = settle(config, images)
     steps_per_epoch = len(images) // config.batch_size
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     top_rate = config.lr * config.batch_size / 256
     run = begin(config, "moco", channels=images.channels)
 
-    torch.manual_seed(config.seed)
     device = distributed.local_device(config.device)
     encoder, features = build_encoder(config.encoder, images.channels)
     head, predictor = build_heads(config, features)
@@ -263,18 +208,9 @@ def settle(config: MoCo, images: data.Images) -> MoCo:
         config,
         **recipe,
         symmetric=config.symmetric or config.version == 3,
-        size=config.size or images.size,
-        precision=best_precision(config.device) if config.precision == "auto" else config.precision,
     )
-    positive = ("epochs", "batch_size", "lr", "temperature", "crop_scale", "bn_groups", "log_every")
-    not_negative = ("queue", "momentum", "key_momentum", "weight_decay", "warmup_epochs", "flip", "workers", "size")
-    check(config, positive, not_negative, at_most_1=("crop_scale", "flip", "key_momentum"))
     if config.version == 3 and config.queue:
         raise UserError(f"--queue {config.queue}: version 3 has no queue")
-    if config.encoder == "small" and config.size % 2:
-        raise UserError(f"--size must be even for the small encoder, not {config.size}")
-    if config.batch_size > len(images):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
     if config.batch_size < 2 * config.bn_groups:
         raise UserError(f"--bn-groups {config.bn_groups} needs a --batch-size of 2 for each, not {config.batch_size}")
     return config

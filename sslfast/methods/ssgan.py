@@ -18,7 +18,7 @@ One samples from a moving average of the generator's weights: `sslfast sample RU
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,19 +27,31 @@ from torch import Tensor, nn
 from sslfast.evaluation.gan import HEADS, reporter
 from sslfast.gan import GanName, build_gan, differentiable_augmentation
 from sslfast.ops import rotate4
-from sslfast.training import UserError, data, distributed, optimizers
+from sslfast.training import UserError, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, best_precision, check, parse
+from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.options import (
+    MAY_CHANGE,
+    Count,
+    LearningRate,
+    NotNegative,
+    Pixels,
+    RunOptions,
+    Share,
+    Whole,
+    Width,
+)
 
 Variant = Literal["gan", "ssgan", "ssgan-la", "ssgan-la+"]
 TURNED = {"ssgan": 4, "ssgan-la": 2, "ssgan-la+": 4}  # one in how many images is shown in all rotations
+LEAST = 4  # images of a step, so that one is turned
 
 NOTHING_LEFT = 1e-3  # a discriminator's loss below which the generator learns nothing from it …
 WARN_AFTER = 300  # … and for how many steps in a row it may stay there
 
 
-@dataclasses.dataclass
-class SSGAN:
+@dataclasses.dataclass(kw_only=True)
+class SSGAN(RunOptions):
     """Train a GAN, with self-supervision of the discriminator or without, then judge both networks.
 
     Writes a folder: metrics.jsonl, TensorBoard events, checkpoints, sheets of samples over time, and at the end figures
@@ -48,65 +60,35 @@ class SSGAN:
     Example: sslfast ssgan --data fashion-mnist --epochs 10
     """
 
-    data: str = "digits"
-    """What to train on: digits (comes with scikit-learn), fashion-mnist, cifar10, or a directory with images
-    (train/CLASS/*.jpg and test/CLASS/*.jpg, or CLASS/*.jpg) or with MNIST's four idx files."""
-    data_dir: str = "~/.cache/sslfast"
-    """Where downloaded data sets are kept."""
-    run: str = ""
-    """The folder to write; by default runs/ssgan-DATA-DATE-TIME."""
-    resume: str = ""
-    """Continue the run in this folder with its own settings. Of these, --epochs, --lr, --device, --workers, --corrupt,
-    --log-every, --checkpoint-seconds and --evaluate may be changed."""
-
     variant: Variant = "ssgan"
     """The self-supervision: none, rotations, or label augmentation without or with the GAN loss."""
-    beta: float = 1.0
+    beta: NotNegative = 1.0
     """Weight of the self-supervised loss of the discriminator."""
-    alpha: float = 0.2
+    alpha: NotNegative = 0.2
     """Weight of the self-supervised loss of the generator."""
     networks: GanName = "small"
     """small: trains on two CPU cores. resnet: the networks of SNGAN for 32, 48 or 64 pixels."""
-    latent: int = 128
+    latent: Width = 128
     """Numbers that an image is drawn from."""
 
-    epochs: int = 10
+    epochs: Annotated[Count, MAY_CHANGE] = 10
     """How often the discriminator sees each image."""
-    batch_size: int = 64
-    """Real images a step of the discriminator; as many are generated."""
-    discriminator_steps: int = 1
+    batch_size: Count = 64
+    """Real images per step of the discriminator; as many are generated."""
+    discriminator_steps: Count = 1
     """Steps of the discriminator for one of the generator."""
-    lr: float = 2e-4
+    lr: LearningRate = 2e-4
     """Learning rate of Adam (β = 0, 0.9) for both networks; it falls to 0 along a line."""
-    average: float = 0.999
+    average: Share = 0.999
     """How much of the moving average of the generator's weights stays in each of its steps (less at first)."""
     augment: bool = False
     """Show the discriminator both kinds of images with random colours, shifts and holes (DiffAugment, arXiv
     2006.10738): for a few thousand images or less."""
 
-    size: int = 0
+    size: Pixels = 0
     """Height and width of the images in pixels: 4 to 7 times a power of two; 0: as the data, 64 for image files."""
-    flip: float = 0.0
-    """Probability of a horizontal flip: 0.5 for photographs."""
-
-    seed: int = 0
-    """Seed of everything random: weights, order, latent vectors and augmentation."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to train: cpu, cuda, cuda:1, …"""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the networks; auto: bfloat16 where the hardware multiplies matrices in it."""
-    workers: int = 2
-    """Processes that decode image files; data sets in memory need none."""
-    corrupt: Literal["skip", "stop"] = "skip"
-    """What to do when an image file cannot be decoded: name it and go on, or stop."""
-    reports: int = 20
+    reports: Whole = 20
     """How often in the run a sheet of samples is drawn and the discriminator's features are probed; 0 for never."""
-    log_every: int = 10
-    """Steps between two lines of metrics.jsonl."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    evaluate: bool = True
-    """Judge the networks when they are trained, as `sslfast evaluate RUN` does."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -125,21 +107,8 @@ def main(args: list[str] | None = None) -> None:
 
 def train(config: SSGAN) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
-    positive = ("latent", "epochs", "batch_size", "discriminator_steps", "lr", "log_every")
-    not_negative = ("beta", "alpha", "average", "size", "flip", "workers", "reports")
-    check(config, positive, not_negative, at_most_1=("average", "flip"))
-    with distributed.one_rank_first():
-        images = data.load(config.data, "train", config.data_dir)
-    steps_per_epoch = len(images) // config.batch_size
-    if steps_per_epoch == 0:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
-    if config.batch_size < 4 * distributed.world_size():
-        raise UserError(f"--batch-size {config.batch_size} is too small: each rank needs at least 4 images")
-    precision = best_precision(config.device) if config.precision == "auto" else config.precision
-    size = config.size or (images.size if isinstance(images.source, Tensor) else 64)
-    config = dataclasses.replace(config, size=size, precision=precision)
-
-    torch.manual_seed(config.seed)
+    config, images = start(config, LEAST, file_size=64)
+    size, steps_per_epoch = config.size, len(images) // config.batch_size
     device = distributed.local_device(config.device)
     try:
         heads = HEADS[config.variant]

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,12 +17,9 @@ from torch import Tensor, nn
 from sslfast.distributed import world_size
 from sslfast.training import UserError, checkpoint, data, distributed
 from sslfast.training.logging import NoLog, RunLog
+from sslfast.training.options import RunOptions, changeable, check, option
 
-Config = TypeVar("Config")
-"""A method's dataclass of settings. It has at least the fields that this file uses, under the same names."""
-
-MAY_CHANGE_ON_RESUME = {"resume", "run", "device", "epochs", "lr", "workers", "corrupt"}
-MAY_CHANGE_ON_RESUME |= {"log_every", "checkpoint_seconds", "evaluate"}
+Config = TypeVar("Config", bound=RunOptions)
 
 
 def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Config:
@@ -48,7 +45,7 @@ def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Con
         return dataclasses.replace(config, **saved | {"resume": folder})
     config = tyro.cli(kind, args=args, prog=f"sslfast {method}", default=dataclasses.replace(config, **saved))
     for name, old in saved.items():
-        if name not in MAY_CHANGE_ON_RESUME and getattr(config, name) != old:
+        if name not in changeable(kind) and getattr(config, name) != old:
             raise UserError(f"{option(name)} was {old} when {config.resume} began: it cannot change")
     return config
 
@@ -69,30 +66,31 @@ def _begin(config: Any, method: str, **facts: Any) -> Path:
     return folder
 
 
-def check(
-    config: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = (), at_most_1: Sequence[str] = ()
-) -> None:
-    """Raise UserError for a number out of its range or settings that this machine cannot use, naming the option."""
-    for name in positive:
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"{option(name)} must be more than 0, not {getattr(config, name)}")
-    for name in not_negative:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"{option(name)} must be at least 0, not {getattr(config, name)}")
-    for name in at_most_1:
-        if not getattr(config, name) <= 1:
-            raise UserError(f"{option(name)} must be at most 1, not {getattr(config, name)}")
+def start(config: Config, least: int = 1, file_size: int = 224) -> tuple[Config, data.Images]:
+    """Check the options, find the training images, and return (config with nothing left open, images).
+
+    Args:
+        config: as the command line gave it.
+        least: images that a step needs on each rank.
+        file_size: --size for image files where none was asked for.
+
+    Raises UserError for options that cannot work. Nothing has been written then.
+    """
+    check(config)
     if config.batch_size % world_size():
         raise UserError(f"--batch-size {config.batch_size} cannot be dealt evenly to {world_size()} ranks")
-    try:
-        torch.empty(0, device=config.device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def option(name: str) -> str:
-    """Return a field's name as it is on the command line."""
-    return f"--{name.replace('_', '-')}"
+    if config.batch_size < least * world_size():
+        raise UserError(f"--batch-size {config.batch_size} is too small: each rank needs at least {least} images")
+    with distributed.one_rank_first():
+        images = data.load(config.data, "train", config.data_dir)
+    if config.batch_size > len(images):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
+    size = config.size or (images.size if isinstance(images.source, Tensor) else file_size)
+    if getattr(config, "encoder", None) == "small" and size % 2:
+        raise UserError(f"--size must be even for the small encoder, not {size}")
+    precision = best_precision(config.device) if config.precision == "auto" else config.precision
+    torch.manual_seed(config.seed)
+    return dataclasses.replace(config, size=size, precision=precision), images
 
 
 def best_precision(device: str) -> Literal["float32", "bfloat16"]:
