@@ -111,7 +111,7 @@ def train(config: MoCo) -> Path | None:
     pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]  # (the view of the queries, the view of the keys)
 
     with Loop(run, config, saved, {"optimizer": optimizer}, steps_per_epoch) as loop:
-        for epoch, pixels, ids in loop.batches(images):
+        for epoch, pixels, ids in loop.batches(images, least=LEAST * groups):
             views = [view.to(device) for view in transform(pixels, ids, epoch)]
             rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)
             optimizers.set_learning_rate(optimizer, rate)

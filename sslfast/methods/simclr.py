@@ -107,7 +107,7 @@ def train(config: SimCLR) -> Path | None:
 
     slice_size = config.micro_batch or config.batch_size
     with Loop(run, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
-        for epoch, pixels, ids in loop.batches(images):
+        for epoch, pixels, ids in loop.batches(images, least=LEAST):
             views = [view.split(slice_size) for view in transform(pixels, ids, epoch)]
             slices = [torch.cat(pair).to(device) for pair in zip(*views, strict=True)]
             rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)

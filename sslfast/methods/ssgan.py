@@ -131,7 +131,7 @@ def train(config: SSGAN) -> Path | None:
     loss_generator = torch.zeros(())
 
     with Loop(run, config, weights, state, steps_per_epoch) as loop:
-        for _epoch, pixels, ids in loop.batches(images, square=size):
+        for _epoch, pixels, ids in loop.batches(images, square=size, least=LEAST):
             assert isinstance(pixels, Tensor)
             # All that is random in a step depends on the seed, the step and the place in the whole batch: a run that
             # was resumed goes on as if nothing had been, and several ranks draw what one would.

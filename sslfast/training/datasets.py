@@ -317,8 +317,8 @@ def _splits(folder: Path) -> tuple[Path | None, list[Path], list[str]]:
     if not others and (trains or tests):
         if not trains:
             raise UserError(
-                f"{folder} has {_names(tests)}, but no folder of training images ({' or '.join(TRAIN_NAMES)}): pass one "
-                "of these folders as --data, or rename them if these are classes"
+                f"{folder} has {_names(tests)}, but no folder of training images ({' or '.join(TRAIN_NAMES)}): pass "
+                "one of these folders as --data, or rename them if these are classes"
             )
         full = [path for path in trains if _has_images(path, seen)]
         if len(full) > 1:
@@ -330,10 +330,10 @@ def _splits(folder: Path) -> tuple[Path | None, list[Path], list[str]]:
     inner = any(_has_images(path, seen) for path in _scan(trains[0], nothing)[0])
     if tests and inner:
         raise UserError(
-            f"{folder}: {_names([*trains, *tests])} look like splits, {_names(others)} like classes beside them. If the "
-            "former are splits, move the latter elsewhere; if all are classes, rename the former"
+            f"{folder}: {_names([*trains, *tests])} look like splits, {_names(others)} like classes beside them. If "
+            "the former are splits, move the latter elsewhere; if all are classes, rename the former"
         )
-    return None, [], [f"{_names([*trains, *tests])} taken for classes, since {_names(others)} lie beside"]
+    return None, [], [f"{_names([*trains, *tests])} counted among the classes, since {_names(others)} lie beside"]
 
 
 def _labelled(
@@ -356,7 +356,7 @@ def _labelled(
 
 def _below(top: Path, seen: set[tuple[int, int]], left_out: Counter[str]) -> Iterator[Path]:
     """Yield the image files in a folder and below it; folders in ``seen``, to which it adds, are not read again."""
-    folders, links = [top], []
+    folders, links = [top], list[Path]()
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)  # links last: a folder goes by its own name, if it has one
         identity = _identity(folder)
@@ -424,7 +424,9 @@ def _count(number: int, thing: str) -> str:
 
 
 def _of(classes: list[str]) -> str:
-    return f" of {_count(len(classes), 'class')}{f' ({_some(classes)})' if len(classes) <= 6 else ''}" if classes else ""
+    if not classes:
+        return ""
+    return f" of {_count(len(classes), 'class')}{f' ({_some(classes)})' if len(classes) <= 6 else ''}"
 
 
 def _some(names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, UnidentifiedImageError
 from torch import Tensor
 
 from sslfast.training import UserError
@@ -26,7 +26,7 @@ SUFFIXES = {
 MAX_PIXELS = 100_000_000
 
 # Pillow looks at the content, not at the name, and some of its other formats start programs.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM")
 _UPRIGHT = {  # what brings an image with this EXIF orientation upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -126,7 +126,7 @@ def _by_pillow(content: bytes, background: tuple[int, int, int], max_pixels: int
         Image.MAX_IMAGE_PIXELS = None  # the limit here is --max-pixels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of metadata
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
+            with _opened(content) as picture:
                 _check_size(*picture.size, max_pixels)
                 if enough:
                     factor = max(1, min(picture.size) // enough)
@@ -137,6 +137,13 @@ def _by_pillow(content: bytes, background: tuple[int, int, int], max_pixels: int
                 return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("no image" if content else "the file is empty") from None
 
 
 def _rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -174,7 +181,7 @@ def _from_16_bits(picture: Image.Image, background: tuple[int, int, int]) -> Ima
 
 
 def _upright(picture: Image.Image, rgb: Image.Image) -> Image.Image:
-    """Return ``rgb`` turned as the EXIF data of ``picture`` ask for; damaged EXIF data are no reason to lose an image."""
+    """Return ``rgb`` turned as the EXIF data of ``picture`` ask for, if they can be read."""
     try:
         turn = _UPRIGHT.get(picture.getexif().get(_ORIENTATION, 1))
     except Exception:

@@ -82,7 +82,9 @@ def start(config: Config, least: int = 1, file_size: int = 224) -> tuple[Config,
     if config.batch_size < least * world_size():
         raise UserError(f"--batch-size {config.batch_size} is too small: each rank needs at least {least} images")
     with distributed.one_rank_first():
-        images = data.load(config.data, "train", config.data_dir)
+        images = data.load_for(vars(config), "train")
+    if distributed.is_main():
+        print(images.found, flush=True)
     if config.batch_size > len(images):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
     size = config.size or (images.size if isinstance(images.source, Tensor) else file_size)
@@ -141,33 +143,46 @@ class Loop:
 
     def __enter__(self) -> "Loop":
         self.cleanup = contextlib.ExitStack()
+        self.cleanup.enter_context(data.dead_workers_explained())
         self.cleanup.enter_context(contextlib.closing(self.log))
         self.stop_signal = self.cleanup.enter_context(checkpoint.stop_signal())
         self.last_save = time.monotonic()
         return self
 
     def __exit__(self, *exception) -> None:
-        self.cleanup.close()
+        self.cleanup.__exit__(*exception)
 
     def batches(
-        self, images: data.Images, square: int | None = None
+        self, images: data.Images, square: int | None = None, least: int = 1
     ) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
-        """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part."""
+        """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part.
+
+        A batch that has fewer than ``least`` images on some rank, since the others cannot be decoded, is left out on
+        all: the step is counted, and nothing is trained in it. Raises UserError after an epoch of such steps alone.
+        """
         config = self.config
         while self.step < self.total_steps:
             epoch = self.step // self.steps_per_epoch
             order = data.epoch_order(len(images), config.seed, epoch)[: self.steps_per_epoch * config.batch_size]
             rows = order.reshape(self.steps_per_epoch, config.batch_size)[self.step % self.steps_per_epoch :]
             own = rows[:, distributed.share(config.batch_size)]
-            for pixels, ids in data.batches(images, own, config.workers, square, config.corrupt):
-                if not isinstance(
-                    images.source, Tensor
-                ):  # a rank with a corrupt file has fewer: losses need equally many on all
-                    least = distributed.smallest(len(ids))
-                    pixels, ids = pixels[:least], ids[:least]
-                yield epoch, pixels, ids
+            trained = len(rows) < self.steps_per_epoch  # some steps were made before this run was resumed
+            for pixels, ids in data.batches(images, own, config.workers, square, config.corrupt, config.size):
+                if not isinstance(images.source, Tensor):
+                    fewest = distributed.smallest(len(ids))  # losses need equally many on all ranks
+                    pixels, ids = pixels[:fewest], ids[:fewest]
+                if len(ids) < least:
+                    self.end_step(0)
+                else:
+                    trained = True
+                    yield epoch, pixels, ids
                 if self.stopped:
                     return
+            if not trained:
+                raise UserError(
+                    f"no batch of epoch {epoch + 1} had {least} images that could be decoded: what was skipped is "
+                    "named above"
+                )
 
     def end_step(self, samples: int, **values: float | Tensor) -> None:
         """Count a finished step of so many samples; log ``values``, save a checkpoint and stop where it is time to.
@@ -188,7 +203,7 @@ class Loop:
             finite = all(map(math.isfinite, numbers.values()))
             if not finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise UserError(self.diverged(epoch, numbers))
-            if log_now:
+            if log_now and numbers:
                 self.log.scalars(self.step, epoch, **numbers)
         if save_now:
             self.save()
