@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslfast.evaluation import sampling
+from sslfast.evaluation.features import over_images
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
 from sslfast.training import UserError, checkpoint, data
 from sslfast.training.loop import best_precision
@@ -147,12 +148,12 @@ def chosen_classes(config: dict[str, Any], label: str, n: int, device: torch.dev
 
 def holes(config: dict[str, Any], region: str, n: int) -> tuple[Tensor, Tensor]:
     """Return n test images (n, C, H, W) uint8 and the mask (1, H, W) of what stays."""
-    images = data.load(config["data"], "test", config["data_dir"])
-    if len(images) < n:
-        raise UserError(f"{config['data']} has {len(images)} test images to paint in, fewer than --n {n}")
+    images = data.load_for(config, "test")
     size = config["size"]
-    pixels, _ = next(data.batches(images, [torch.arange(n).numpy()], square=size))
-    assert isinstance(pixels, Tensor)
+    pixels, ids = over_images(lambda pixels: pixels, images, size, torch.arange(len(images))[: 2 * n])
+    if len(ids) < n:
+        raise UserError(f"{config['data']} has {len(ids)} test images to paint in, fewer than --n {n}")
+    pixels = pixels[:n]
     mask = torch.ones(1, size, size, dtype=torch.bool)
     half, quarter = size // 2, size // 4
     where = {

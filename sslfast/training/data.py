@@ -85,7 +85,7 @@ def dead_workers_explained() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
-            "a worker process that decodes image files was killed, probably because memory (or shared memory, /dev/shm) "
+            "a worker process that decodes image files was killed, probably as memory (or /dev/shm, shared memory) "
             "ran out: lower --workers, --max-pixels or --batch-size"
         ) from error
 

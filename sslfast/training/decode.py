@@ -148,14 +148,15 @@ def _opened(content: bytes) -> Image.Image:
 
 def _rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Return the first frame of an image file as RGB of 8 bits."""
+    deep = bool(picture.tile) and picture.tile[0][3] == "RGB;16B"
     picture.load()
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return _from_16_bits(picture, background)
     if picture.mode in ("I", "F"):
         raise ValueError("pixels of 32 bits, of which nothing says what is white: expected 8 or 16")
     transparent = picture.info.get("transparency")
-    if picture.format == "PNG" and isinstance(transparent, tuple) and max(transparent) > 255:
-        picture.info["transparency"] = tuple(value >> 8 for value in transparent)  # as Pillow reads 16 bits of RGB
+    if deep and isinstance(transparent, tuple):  # Pillow keeps 8 bits of such pixels, and 16 of this
+        picture.info["transparency"] = tuple(value >> 8 for value in transparent)
     if picture.mode == "La":
         picture = picture.convert("LA")
     if picture.mode in ("LA", "PA", "RGBA", "RGBa") or transparent is not None:
