@@ -76,7 +76,7 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
     checkpoint.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
 
     features, train_vectors = test_features[config["method"]], train_features[config["method"]]
-    drawn = ["loss.png"]
+    drawn = ["loss.png"] if (run / "loss.png").exists() else []
     sample = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:map_samples]
     if plots.embedding_map(features[sample], test_labels[sample], test.classes, run / "embedding.png"):
         drawn.append("embedding.png")

@@ -96,7 +96,7 @@ def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
 
     columns = len(config["classes"]) if config["conditional"] else 10
     save_png(sheet(images[: 10 * columns], columns), run / "samples.png")
-    drawn = ["loss.png", "samples.png"]
+    drawn = [name for name in ("loss.png", "samples.png") if (run / name).exists()]
     if nearby := neighbours(images, train, test, rows, unseen, size, run / "neighbours.png"):
         results["nearest"] = nearby
         drawn.append("neighbours.png")

@@ -40,8 +40,8 @@ def batches(
     pixels: uint8 (n, C, H, W); for image files a list of n tensors (3, h, w) of their own sizes, or with ``square`` one
     tensor of centre crops. ids: int64 (n,), the row numbers. A file that cannot be decoded is left out of its batch,
     named and counted in ``images.skipped`` (``corrupt="skip"``), or raises UserError (``"stop"``): a batch may become
-    empty. ``workers`` processes decode files; 0 decodes here. ``size``, of the views that will be cut out, lets larger
-    images be shrunk while they are read, to 4 · size at least, so that a batch of photographs fits into memory.
+    empty. ``workers`` processes decode files; 0 decodes here. ``size``, of the views that will be cut out, lets
+    photographs be shrunk while they are read, so that a batch of them fits into memory: see `decode`.
     """
     if isinstance(images.source, Tensor):
         for chosen in rows:

@@ -172,17 +172,17 @@ class Loop:
                     fewest = distributed.smallest(len(ids))  # losses need equally many on all ranks
                     pixels, ids = pixels[:fewest], ids[:fewest]
                 if len(ids) < least:
+                    if not trained and (self.step + 1) % self.steps_per_epoch == 0:
+                        raise UserError(
+                            f"no batch of epoch {epoch + 1} had {least} images that could be decoded: what was skipped "
+                            "is named above"
+                        )
                     self.end_step(0)
                 else:
                     trained = True
                     yield epoch, pixels, ids
                 if self.stopped:
                     return
-            if not trained:
-                raise UserError(
-                    f"no batch of epoch {epoch + 1} had {least} images that could be decoded: what was skipped is "
-                    "named above"
-                )
 
     def end_step(self, samples: int, **values: float | Tensor) -> None:
         """Count a finished step of so many samples; log ``values``, save a checkpoint and stop where it is time to.
