@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from sslfast.training import UserError
@@ -158,7 +158,7 @@ def _opened(content: bytes) -> Image.Image:
 
 def _rgb(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Return the first frame of an image file as RGB of 8 bits."""
-    deep = bool(picture.tile) and picture.tile[0][3] == "RGB;16B"
+    deep = isinstance(picture, ImageFile.ImageFile) and bool(picture.tile) and picture.tile[0][3] == "RGB;16B"
     picture.load()
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
         return _from_16_bits(picture, background)
