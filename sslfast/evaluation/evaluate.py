@@ -13,18 +13,16 @@ from torch import Tensor, nn
 from sslfast.evaluation.features import accuracies, centred, extract, have_labels, raw_pixels
 from sslfast.evaluation.neighbours import nearest
 from sslfast.models import build_encoder
-from sslfast.training import UserError, checkpoint, data
+from sslfast.training import checkpoint, data, files
+from sslfast.training.loop import load_images
+from sslfast.training.options import UseOptions, Whole, check
 
 
-@dataclasses.dataclass
-class Evaluate:
+@dataclasses.dataclass(kw_only=True)
+class Evaluate(UseOptions):
     """Measure the encoder of a run by kNN and a linear probe, and draw pictures into the run's folder."""
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
-    map_samples: int = 2500
+    map_samples: Whole = 2500
     """Test images in the t-SNE map."""
 
 
@@ -40,20 +38,24 @@ def main(args: list[str] | None = None) -> None:
 
         return evaluate_gan.main(args)
     options = tyro.cli(Evaluate, args=args, prog="sslfast evaluate")
-    evaluate(Path(options.run), options.device, options.map_samples)
+    check(options)
+    evaluate(Path(options.run), options.device, options.map_samples, options.data, options.data_dir)
 
 
-def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> dict[str, dict[str, float]]:
+def evaluate(
+    run: Path, device: str | None = None, map_samples: int = 2500, where: str = "", data_dir: str = ""
+) -> dict[str, dict[str, float]]:
     """Print and return accuracies in percent, and write evaluation.json and three pictures into the run's folder.
 
-    Data without classes or without a test split gives only the picture of the loss, and {}. Accuracies that mean
-    nothing and pictures that cannot be drawn, for want of images or classes, are left out.
+    ``where`` and ``data_dir`` are --data and --data-dir, if the data lies elsewhere now. Data without classes or
+    without a test split gives only the picture of the loss, and {}. Accuracies that mean nothing and pictures that
+    cannot be drawn, for want of images or classes, are left out.
     """
     from sslfast.evaluation import plots
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
-    train, test = (data.load_for(config, split) for split in ("train", "test"))
+    train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
     if not have_labels(train, test):
         print(f"{config['data']} has no test images in class folders, by which features could be judged")
@@ -73,7 +75,7 @@ def evaluate(run: Path, device: str | None = None, map_samples: int = 2500) -> d
     print(f"features of {len(train_ids):,} training and {len(test_ids):,} test images: {seconds:.0f} s")
     centred(train_features, test_features)
     results = accuracies(kinds, (train_features, train_labels), (test_features, test_labels))
-    checkpoint.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
+    files.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
 
     features, train_vectors = test_features[config["method"]], train_features[config["method"]]
     drawn = ["loss.png"] if (run / "loss.png").exists() else []
@@ -109,13 +111,7 @@ def load_encoder(run: Path | str, trained: bool = True) -> nn.Module:
         torch.manual_seed(config["seed"])
         encoder, _ = build_encoder(config["encoder"], config["channels"])
     if trained:
-        loaded = checkpoint.load(Path(run))
-        if loaded is None:
-            raise UserError(
-                f"{run} has no checkpoint yet: sslfast {config['method']} --resume {run} goes on with the training"
-            )
-        weights = {k.removeprefix("encoder."): v for k, v in loaded[0].items() if k.startswith("encoder.")}
-        encoder.load_state_dict(weights)
+        checkpoint.load_weights(Path(run), encoder=encoder)
     return encoder.eval()
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,28 +17,28 @@ from sslfast.evaluation.neighbours import nearest
 from sslfast.evaluation.sheets import save_png, sheet
 from sslfast.ops import q_sample
 from sslfast.training import UserError, data
+from sslfast.training.loop import load_images
+from sslfast.training.options import Count, Seed, UseOptions, Whole, at_least, at_most, check
 
 UNTRAINED = 500  # images of the untrained network: enough for a ceiling
 
 
-@dataclasses.dataclass
-class EvaluateDDPM:
+@dataclasses.dataclass(kw_only=True)
+class EvaluateDDPM(UseOptions):
     """Measure what a DDPM draws by FID, KID, precision and recall, and its features by a linear probe.
 
     Writes evaluation.json, loss.png, samples.png and neighbours.png into the run's folder.
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
-    samples: int = 2000
+    samples: Annotated[int, at_least(10), at_most(1_000_000)] = 2000
     """Images to draw and to compare. FID falls with their number: compare only figures of one number."""
-    steps: int = 50
+    steps: Count = 50
     """Steps of the sampler."""
     sampler: sampling.Sampler = "ddim"
     """ddim, ddpm or dpm-solver++."""
     guidance: float = 1.0
     """Classifier-free guidance, for runs with --conditional."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first image."""
     features: Literal["classifier", "inception"] = "classifier"
     """By what to compare images: a small classifier, trained on the data at first, or FID's Inception network."""
@@ -46,12 +46,10 @@ class EvaluateDDPM:
     """The classifier's file, so that several runs are judged by the same; by default RUN/classifier.safetensors."""
     inception_weights: str = "pt_inception-2015-12-05-6726825d.pth"
     """torch-fidelity's weights of the Inception network."""
-    probe_timestep: int = 50
+    probe_timestep: Whole = 50
     """Noise, as a timestep, that images get before the network turns them into features."""
-    batch_size: int = 100
+    batch_size: Count = 100
     """Images drawn at once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -66,12 +64,12 @@ def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
     """
     run = Path(options.run)
     config = sampling.load_config(run)
-    if options.batch_size < 1 or options.samples < 10:
-        raise UserError("--samples must be at least 10 and --batch-size at least 1")
-    if not 0 <= options.probe_timestep < config["timesteps"]:
+    check(options)
+    sampling.make_scheduler(config, options.sampler, options.steps)
+    if options.probe_timestep >= config["timesteps"]:
         raise UserError(f"--probe-timestep must be below {config['timesteps']}, not {options.probe_timestep}")
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
-    train, test = (data.load_for(config, split) for split in ("train", "test"))
+    train, test = (load_images(config, split, options.data, options.data_dir) for split in ("train", "test"))
     results: dict[str, Any] = {"samples": options.samples, "steps": options.steps, "sampler": options.sampler}
 
     size = config["size"]

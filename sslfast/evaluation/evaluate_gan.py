@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -14,27 +14,24 @@ from sslfast.evaluation.features import accuracies, centred, extract, raw_pixels
 from sslfast.evaluation.gan import features_of, generate, latents_of, load_config, load_networks
 from sslfast.evaluation.plots import gan_curves
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
-from sslfast.training import UserError, data
+from sslfast.training.loop import load_images
+from sslfast.training.options import Seed, UseOptions, at_least, at_most, check
 
 
-@dataclasses.dataclass
-class EvaluateGAN:
+@dataclasses.dataclass(kw_only=True)
+class EvaluateGAN(UseOptions):
     """Measure what a GAN draws by FID, KID, precision and recall, and its discriminator's features by kNN and probe.
 
     Writes evaluation.json, loss.png, samples.png and training.gif into the run's folder.
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
-    samples: int = 10_000
+    samples: Annotated[int, at_least(10), at_most(1_000_000)] = 10_000
     """Images to draw and to compare. FID falls with their number: compare only figures of one number."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first image."""
     classifier: str = ""
     """The classifier by whose features images are compared, so that several runs are judged by the same; by default
     RUN/classifier.safetensors. Trained on the data, and written, if there is none."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -49,8 +46,7 @@ def evaluate(options: EvaluateGAN) -> dict[str, Any]:
     """
     run = Path(options.run)
     config = load_config(run)
-    if options.samples < 10:
-        raise UserError(f"--samples must be at least 10, not {options.samples}")
+    check(options)
     trained, untrained = load_networks(run), load_networks(run, "untrained")
     for network in (*trained, *untrained):
         network.to(options.device)
@@ -61,7 +57,7 @@ def evaluate(options: EvaluateGAN) -> dict[str, Any]:
     sheets = [Image.open(path) for path in sorted((run / "samples").glob("step-*.png"))]
     if sheets:
         save_gif(sheets, run / "training.gif")
-    train, test = (data.load_for(config, split) for split in ("train", "test"))
+    train, test = (load_images(config, split, options.data, options.data_dir) for split in ("train", "test"))
     if not generative.can_classify(train, test):
         print(
             f"{config['data']} has no test images in class folders, or one class alone: a GAN cannot be judged by them"

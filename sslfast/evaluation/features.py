@@ -27,7 +27,6 @@ def raw_pixels(pixels: Tensor) -> Tensor:
     return images.flatten(1)
 
 
-@data.dead_workers_explained()
 def extract(
     functions: dict[str, Features], images: data.Images, size: int, workers: int = 0, rows: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sslfast.evaluation.features import Features, have_labels, over_images
 from sslfast.models import SmallEncoder
-from sslfast.training import UserError, checkpoint, data, optimizers
+from sslfast.training import UserError, data, files, optimizers
 
 FEATURES = 128
 LEAST_STEPS = 150  # of the classifier's training, on small data
@@ -74,10 +74,9 @@ def feature_classifier(
         raise UserError("the classifier that judges images needs test images, and none could be read")
     accuracy = 100 * (logits.argmax(1) == test.labels[ids]).float().mean().item()
     facts = shape | {"accuracy": f"{accuracy:.2f}"}
-    temporary = path.with_name(path.name + ".unfinished")
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(model.state_dict(), temporary, metadata=facts)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        file.write(safetensors.torch.save(model.state_dict(), metadata=facts))
     return model, accuracy
 
 
@@ -225,4 +224,4 @@ def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float
 
 def write_results(path: Path, results: dict) -> None:
     """Write results as JSON, atomically."""
-    checkpoint.write_atomically(path, json.dumps(results, indent=2) + "\n")
+    files.write_atomically(path, json.dumps(results, indent=2) + "\n")

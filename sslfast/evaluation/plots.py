@@ -1,6 +1,5 @@
 """The pictures of a run, as PNG files."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sslfast.training import files, logging
+
 INK, FAINT, LINE = "#22272e", "#c9d1d9", "#1f6feb"
 RIGHT, WRONG = "#2da44e", "#d1242f"
 
 
 def loss_curve(metrics: Path, path: Path) -> None:
     """Draw the loss and learning rate of ``metrics.jsonl`` over the epochs."""
-    text = metrics.read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
+    lines = logging.read(metrics)
     if not lines:
         return
     loss = np.array([line["loss"] for line in lines])
@@ -39,8 +39,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
 
 def gan_curves(metrics: Path, path: Path) -> None:
     """Draw both losses of a GAN's ``metrics.jsonl``, and the accuracy of rotation prediction if it is there."""
-    text = metrics.read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = logging.read(metrics)
     if not lines:
         return
     steps = np.array([line["step"] for line in lines])
@@ -148,6 +147,5 @@ def _figure(width: float, height: float):
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".unfinished")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

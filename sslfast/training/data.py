@@ -4,7 +4,6 @@
 the method.
 """
 
-import contextlib
 import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sslfast.training import UserError
-from sslfast.training.datasets import Images, load, load_for
+from sslfast.training.datasets import KNOWN, Images, load, load_for
 from sslfast.training.decode import decode
 
-__all__ = ["Images", "batches", "dead_workers_explained", "epoch_order", "load", "load_for"]
+__all__ = ["KNOWN", "Images", "batches", "epoch_order", "load", "load_for"]
 
 ENOUGH = 4  # shorter side of a file's image, in views: the smallest crops, a tenth of the area, still fill a view
 
@@ -57,37 +56,22 @@ def batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    with dead_workers_explained():
-        for batch in loader:
-            good: list[tuple[int, Tensor]] = []
-            for row, decoded in _unpack(*batch) if workers else batch:
-                if isinstance(decoded, Tensor):
-                    good.append((row, decoded))
-                elif corrupt == "stop":
-                    raise UserError(f"cannot decode {images.source[row]}: {decoded}")
-                elif row not in images.skipped:
-                    images.skipped.add(row)
-                    print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
-            ids = torch.tensor([row for row, _ in good], dtype=torch.int64)
-            decoded_images = [decoded for _, decoded in good]
-            if square and not good:
-                yield torch.empty(0, 3, square, square, dtype=torch.uint8), ids
-            else:
-                yield (torch.stack(decoded_images) if square else decoded_images), ids
-
-
-@contextlib.contextmanager
-def dead_workers_explained() -> Iterator[None]:
-    """Within the block, a worker process that was killed raises UserError. torch says it wherever the program is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise UserError(
-            "a worker process that decodes image files was killed, probably as memory (or /dev/shm, shared memory) "
-            "ran out: lower --workers, --max-pixels or --batch-size"
-        ) from error
+    for batch in loader:
+        good: list[tuple[int, Tensor]] = []
+        for row, decoded in _unpack(*batch) if workers else batch:
+            if isinstance(decoded, Tensor):
+                good.append((row, decoded))
+            elif corrupt == "stop":
+                raise UserError(f"cannot decode {images.source[row]}: {decoded}")
+            elif row not in images.skipped:
+                images.skipped.add(row)
+                print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
+        ids = torch.tensor([row for row, _ in good], dtype=torch.int64)
+        decoded_images = [decoded for _, decoded in good]
+        if square and not good:
+            yield torch.empty(0, 3, square, square, dtype=torch.uint8), ids
+        else:
+            yield (torch.stack(decoded_images) if square else decoded_images), ids
 
 
 class _Files(torch.utils.data.Dataset):
@@ -107,10 +91,14 @@ class _Files(torch.utils.data.Dataset):
 
 
 def _pack(items: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[int, tuple[int, ...] | str]], Tensor]:
-    """Return (rows with shapes, all pixels one after another): each tensor that a worker sends takes a file handle."""
+    """Return (rows with shapes, all pixels one after another).
+
+    Each tensor that a worker sends takes a file handle, of which a process may have 1024. It is put into shared memory
+    here, where an error finds its way to the main process.
+    """
     rows = [(row, tuple(image.shape) if isinstance(image, Tensor) else image) for row, image in items]
     flat = [image.flatten() for _, image in items if isinstance(image, Tensor)]
-    return rows, torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
+    return rows, (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).share_memory_()
 
 
 def _unpack(rows: list[tuple[int, tuple[int, ...] | str]], flat: Tensor) -> Iterator[tuple[int, Tensor | str]]:

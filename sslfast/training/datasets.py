@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sslfast.training import UserError, decode
 
+KNOWN = ("digits", "fashion-mnist", "cifar10")  # names of data sets, as against folders
 FASHION_MNIST_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = [
     *("T-shirt", "Trouser", "Pullover", "Dress", "Coat"),
@@ -102,7 +103,7 @@ def load(
     elif not name or not folder.is_dir():
         raise UserError(
             f"--data {name or repr(name)}: there is no such directory, and no data set of that name "
-            "(known: digits, fashion-mnist, cifar10)"
+            f"(known: {', '.join(KNOWN)})"
         )
     elif any(folder.glob("*-ubyte*")):
         images = _idx_folder(folder, split, max_unpacked)
