@@ -5,7 +5,7 @@ the method.
 """
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def batches(
     square: int | None = None,
     corrupt: str = "skip",
     size: int | None = None,
-) -> Iterator[tuple[Tensor | list[Tensor], Tensor]]:
+) -> Generator[tuple[Tensor | list[Tensor], Tensor], None, None]:
     """Yield (pixels, ids) for each array of row numbers in ``rows``.
 
     pixels: uint8 (n, C, H, W); for image files a list of n tensors (3, h, w) of their own sizes, or with ``square`` one
@@ -56,22 +56,27 @@ def batches(
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    for batch in loader:
-        good: list[tuple[int, Tensor]] = []
-        for row, decoded in _unpack(*batch) if workers else batch:
-            if isinstance(decoded, Tensor):
-                good.append((row, decoded))
-            elif corrupt == "stop":
-                raise UserError(f"cannot decode {images.source[row]}: {decoded}")
-            elif row not in images.skipped:
-                images.skipped.add(row)
-                print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
-        ids = torch.tensor([row for row, _ in good], dtype=torch.int64)
-        decoded_images = [decoded for _, decoded in good]
-        if square and not good:
-            yield torch.empty(0, 3, square, square, dtype=torch.uint8), ids
-        else:
-            yield (torch.stack(decoded_images) if square else decoded_images), ids
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            good: list[tuple[int, Tensor]] = []
+            for row, decoded in _unpack(*batch) if workers else batch:
+                if isinstance(decoded, Tensor):
+                    good.append((row, decoded))
+                elif corrupt == "stop":
+                    raise UserError(f"cannot decode {images.source[row]}: {decoded}")
+                elif row not in images.skipped:
+                    images.skipped.add(row)
+                    print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
+            ids = torch.tensor([row for row, _ in good], dtype=torch.int64)
+            decoded_images = [decoded for _, decoded in good]
+            if square and not good:
+                yield torch.empty(0, 3, square, square, dtype=torch.uint8), ids
+            else:
+                yield (torch.stack(decoded_images) if square else decoded_images), ids
+    finally:  # an error would keep the workers alive until it is forgotten
+        if workers:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _Files(torch.utils.data.Dataset):

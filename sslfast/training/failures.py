@@ -8,12 +8,16 @@ _MEMORY = (
     "bad_alloc",
     "larger than the maximum",
 )
+_SHARED = ("file </torch_", "shared memory", "bus error")
 _DISK = ("pytorchstreamwriter", "inline_container", "unexpected pos")
 
 
 def line(error: BaseException) -> str:
     """Return what an error says, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:  # of a worker process
+        text = text.splitlines()[-1]
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def sentence(error: BaseException) -> str | None:
@@ -38,6 +42,11 @@ def sentence(error: BaseException) -> str | None:
         return f"there is not enough memory ({said}): try a smaller --batch-size"
     if any(word in text for word in _DISK):
         return f"a file could not be written; the disk may be full ({said})"
-    if "dataloader worker" in text:
-        return f"a process that reads images was killed, perhaps for want of memory: try fewer --workers ({said})"
+    if any(word in text for word in _SHARED):
+        return f"/dev/shm, where workers leave images, is too small ({said}): try --workers 0 or a smaller --batch-size"
+    if "dataloader worker (pid" in text:
+        return (
+            "a worker process that reads images was killed, perhaps for want of memory: try fewer --workers, a smaller "
+            f"--batch-size or --max-pixels ({said})"
+        )
     return None

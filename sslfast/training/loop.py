@@ -276,7 +276,9 @@ class Loop:
             order = data.epoch_order(len(images), config.seed, epoch)[: self.steps_per_epoch * config.batch_size]
             rows = order.reshape(self.steps_per_epoch, config.batch_size)[self.step % self.steps_per_epoch :]
             own = rows[:, distributed.share(config.batch_size)]
-            for pixels, ids in data.batches(images, own, config.workers, square, config.corrupt, config.size):
+            reading = data.batches(images, own, config.workers, square, config.corrupt, config.size)
+            self.cleanup.callback(reading.close)
+            for pixels, ids in reading:
                 if not isinstance(images.source, Tensor):
                     fewest = distributed.smallest(len(ids))
                     pixels, ids = pixels[:fewest], ids[:fewest]
