@@ -215,12 +215,22 @@ def test_corrupt_file_stops_on_demand(image_folder):
         list(data.batches(images, [np.arange(12)], corrupt="stop"))
 
 
-def test_a_batch_without_one_good_file_stops(image_folder):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_one_good_file_is_empty(image_folder, workers):
     images = data.load(str(image_folder), "train")
     for row in (0, 1):
         images.source[row].write_text("")
-    with pytest.raises(UserError, match="not one of 2 image files could be decoded"):
-        list(data.batches(images, [np.array([0, 1])]))
+    rows = [np.array([0, 1]), np.array([2, 1])]
+    lists = list(data.batches(images, rows, workers))
+    assert [(len(pixels), ids.tolist(), ids.dtype) for pixels, ids in lists] == [
+        (0, [], torch.int64),
+        (1, [2], torch.int64),
+    ]
+    squares = list(data.batches(images, rows, workers, square=8))
+    assert [(tuple(pixels.shape), pixels.dtype) for pixels, _ in squares] == [
+        ((0, 3, 8, 8), torch.uint8),
+        ((1, 3, 8, 8), torch.uint8),
+    ]
 
 
 def test_square_crops_the_centre():

@@ -84,8 +84,8 @@ def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
     else:
         function, results["features"] = features(options, config, train, test)
         known, _ = generative.over_images(function, train, size, rows[:50_000])
-        judge = generative.judge_against(known, results, width=18)
         print(f"\n{options.samples:,} images each against {len(known):,} training images, by {results['features']}")
+        judge = generative.judge_against(known, results, width=18)
         judge("test images", generative.over_images(function, test, size, unseen)[0])
         judge("average weights", generative.over_pixels(function, images))
         judge("raw weights", generative.over_pixels(function, draw(options, config, "raw", options.samples)))
@@ -125,7 +125,7 @@ def features_of_classifier(
     """Return the function, and what to call it, of a classifier's file, which is written where it is missing."""
     new = not path.exists()
     model, accuracy = generative.feature_classifier(path, train, test, size, device)
-    name = f"features of a classifier with {accuracy:.1f} % test accuracy"
+    name = f"features of a classifier with {generative.percent(accuracy)} test accuracy"
     print(f"{name} ({'trained and ' if new else ''}kept in {path})", flush=True)
     return generative.classifier_features(model, device), name
 

@@ -66,7 +66,7 @@ def evaluate(options: EvaluateGAN) -> dict[str, Any]:
 
     path = Path(options.classifier or run / "classifier.safetensors")
     classifier, accuracy = generative.feature_classifier(path, train, test, config["size"], options.device)
-    by = f"a classifier with {accuracy:.1f} % test accuracy, kept in {path}"
+    by = f"a classifier with {generative.percent(accuracy)} test accuracy, kept in {path}"
     print(f"{options.samples:,} images, by the features of {by}", flush=True)
     function = generative.classifier_features(classifier, options.device)
     results: dict[str, Any] = {"samples": options.samples, "features": by}

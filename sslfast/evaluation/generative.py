@@ -7,6 +7,7 @@ Everything here takes features, (N, D) float tensors. They come from a small cla
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +49,8 @@ def feature_classifier(
 ) -> tuple[Classifier, float]:
     """Return (classifier, test accuracy in percent), read from ``path`` or, the first time, trained and written there.
 
-    The file's metadata tell what data it was trained on. Raises UserError for data without labels and for a file of
-    other data.
+    The accuracy is NaN if no test image can be read. The file's metadata tell what data it was trained on. Raises
+    UserError for data without labels and for a file of other data.
     """
     if not can_classify(train, test):
         raise UserError("the classifier that judges images needs classes and test images: try --features inception")
@@ -70,14 +71,16 @@ def feature_classifier(
     model.eval()
     rows = (test.labels >= 0).nonzero()[:, 0]
     logits, ids = over_images(lambda pixels: model(_normalised(pixels, device)).cpu(), test, size, rows)
-    if not len(ids):
-        raise UserError("the classifier that judges images needs test images, and none could be read")
-    accuracy = 100 * (logits.argmax(1) == test.labels[ids]).float().mean().item()
+    accuracy = 100 * (logits.argmax(1) == test.labels[ids]).float().mean().item() if len(ids) else math.nan
     facts = shape | {"accuracy": f"{accuracy:.2f}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as file:
         file.write(safetensors.torch.save(model.state_dict(), metadata=facts))
     return model, accuracy
+
+
+def percent(accuracy: float) -> str:
+    return "unknown" if math.isnan(accuracy) else f"{accuracy:.1f} %"
 
 
 def can_classify(train: data.Images, test: data.Images) -> bool:
