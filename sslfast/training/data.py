@@ -95,26 +95,26 @@ class _Files(torch.utils.data.Dataset):
             return row, " ".join(str(error).split("\n")[0].split()) or type(error).__name__
 
 
-def _pack(items: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[int, tuple[int, ...] | str]], Tensor]:
-    """Return (rows with shapes, all pixels one after another).
+def _pack(items: list[tuple[int, Tensor | str]]) -> tuple[list[tuple[int, torch.Size | str]], Tensor]:
+    """Return (rows with shapes, the bytes of all images one after another, pixel by pixel).
 
     Each tensor that a worker sends takes a file handle, of which a process may have 1024. It is put into shared memory
     here, where an error finds its way to the main process.
     """
-    rows = [(row, tuple(image.shape) if isinstance(image, Tensor) else image) for row, image in items]
-    flat = [image.flatten() for _, image in items if isinstance(image, Tensor)]
-    return rows, (torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)).share_memory_()
+    pixels = [(row, image.permute(1, 2, 0) if isinstance(image, Tensor) else image) for row, image in items]
+    flat = [image.flatten() for _, image in pixels if isinstance(image, Tensor)]
+    stored = torch.cat(flat) if flat else torch.empty(0, dtype=torch.uint8)
+    return [(row, image.shape if isinstance(image, Tensor) else image) for row, image in pixels], stored.share_memory_()
 
 
-def _unpack(rows: list[tuple[int, tuple[int, ...] | str]], flat: Tensor) -> Iterator[tuple[int, Tensor | str]]:
+def _unpack(rows: list[tuple[int, torch.Size | str]], stored: Tensor) -> Iterator[tuple[int, Tensor | str]]:
     at = 0
     for row, shape in rows:
         if isinstance(shape, str):
             yield row, shape
         else:
-            count = shape[0] * shape[1] * shape[2]
-            yield row, flat[at : at + count].view(shape)
-            at += count
+            yield row, stored[at : at + shape.numel()].view(shape).permute(2, 0, 1)
+            at += shape.numel()
 
 
 def _start_worker(number: int) -> None:

@@ -57,7 +57,7 @@ def decode(
     max_pixels: int = MAX_PIXELS,
     enough: int | None = None,
 ) -> Tensor:
-    """Return the image in a file, uint8 (3, H, W), RGB.
+    """Return the image in a file, uint8 (3, H, W), RGB, in memory pixel by pixel.
 
     With ``enough``, an image of more than 2 million pixels is shrunk by a whole factor to no more, as far as its
     shorter side keeps ``enough``: 500 photographs of a camera are 20 GB as they are. Raises ValueError for more than
@@ -144,7 +144,7 @@ def _by_pillow(content: bytes, background: tuple[int, int, int], max_pixels: int
                 else:
                     rgb = _rgb(picture, background)
                 rgb = _upright(picture, rgb)
-                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+                return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
