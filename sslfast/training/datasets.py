@@ -362,7 +362,7 @@ def _below(top: Path, seen: set[tuple[int, int]], left_out: Counter[str]) -> Ite
         folder = folders.pop() if folders else links.pop(0)  # links last: a folder goes by its own name, if it has one
         identity = _identity(folder)
         if identity in seen:
-            left_out["link that leads back"] += 1
+            left_out["link to what is read already"] += 1
             continue
         seen.add(identity)
         inner, files = _scan(folder, left_out)
@@ -394,7 +394,7 @@ def _scan(folder: Path, left_out: Counter[str]) -> tuple[list[Path], list[Path]]
         elif kind == "folder":
             folders.append(folder / entry.name)
         elif kind == "neither":
-            left_out["link to nothing" if entry.is_symlink() else "pipe, socket or device"] += 1
+            left_out["link to nothing" if entry.is_symlink() else "special file"] += 1
         elif suffix in decode.SUFFIXES:
             files.append(folder / entry.name)
         else:
