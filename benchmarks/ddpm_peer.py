@@ -30,7 +30,7 @@ from sslfast.evaluation.evaluate_ddpm import features_of_classifier
 from sslfast.methods import ddpm
 from sslfast.ops import diffusion_loss, q_sample
 from sslfast.schedulers import DDIMScheduler
-from sslfast.training import checkpoint, data, optimizers
+from sslfast.training import data, files, optimizers
 from sslfast.training.average import update_average
 from sslfast.training.loop import best_precision
 from sslfast.unet import UNet, from_diffusers
@@ -247,7 +247,7 @@ def training(options: Options) -> dict[str, dict[str, float]]:
     theirs = settings | {"schedule": "linear", "prediction": "epsilon"}
     models |= {"diffusers, average": (averaged, theirs), "diffusers, raw": (raw, theirs)}
     function, name = features_of_classifier(options.run / "classifier.safetensors", train, test, train.size, "cpu")
-    known = generative.over_images(function, train, train.size, torch.arange(len(train)))
+    known, _ = generative.over_images(function, train, train.size, torch.arange(len(train)))
     print(f"{seconds:.0f} s of training each ({steps} steps of diffusers); {options.samples} images, {name}")
     results = {}
     for row, (unet, own) in models.items():
@@ -291,7 +291,7 @@ def write(options: Options, results: dict[str, dict], parameters: int) -> None:
     settings |= {"parameters": parameters, "threads": torch.get_num_threads()}
     settings |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(options.output, json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
+    files.write_atomically(options.output, json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from sslfast.evaluation.linear import linear_probe
 from sslfast.evaluation.neighbours import knn_accuracy
 from sslfast.methods import simclr
 from sslfast.models import build_encoder, projection_head
-from sslfast.training import checkpoint, data, optimizers
+from sslfast.training import data, files, optimizers
 from sslfast.training.loop import best_precision
 
 WARM_STEPS = 10
@@ -145,7 +145,7 @@ def main() -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     settings = {"data": options.data, "epochs": options.epochs, "batch_size": options.batch_size}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": _cpu_name()}
-    checkpoint.write_atomically(options.output, json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
+    files.write_atomically(options.output, json.dumps({"settings": settings, "rows": results}, indent=2) + "\n")
 
 
 def _cpu_name() -> str:

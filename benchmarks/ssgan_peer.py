@@ -24,7 +24,7 @@ from torch import Tensor
 from sslfast.evaluation.gan import HEADS
 from sslfast.gan import build_gan
 from sslfast.methods import ssgan
-from sslfast.training import checkpoint, data
+from sslfast.training import data, files
 
 WARM_STEPS = 10
 
@@ -107,7 +107,7 @@ def main() -> None:
     options = tyro.cli(Options)
     train = data.load(options.data, "train")
     few = data.Images(train.source[: options.steps * options.batch_size], train.labels, train.classes)
-    ssgan.data.load = lambda *_: few  # one epoch is a turn
+    data.load_for = lambda *_: few  # one epoch is a turn
     rows = {}
     for variant in options.variants:
         config = ssgan.SSGAN(
@@ -131,7 +131,7 @@ def main() -> None:
     settings = {"data": options.data, "networks": options.networks, "batch_size": options.batch_size}
     settings |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": _cpu_name()}
     settings["unit"] = "steps of both networks a second: lower quartile, median, upper quartile"
-    checkpoint.write_atomically(options.output, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
+    files.write_atomically(options.output, json.dumps({"settings": settings, "rows": rows}, indent=2) + "\n")
 
 
 def _cpu_name() -> str:

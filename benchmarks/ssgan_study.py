@@ -19,7 +19,7 @@ import tyro
 
 from sslfast.evaluation import evaluate_gan, plots
 from sslfast.methods.ssgan import SSGAN, Variant, train
-from sslfast.training import UserError, checkpoint
+from sslfast.training import UserError, checkpoint, files
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = {
@@ -70,13 +70,13 @@ def train_and_judge(options: Options, variant: Variant, seed: int, run: Path) ->
     print(f"\n{run}", flush=True)
     config = SSGAN(data=options.data, variant=variant, seed=seed, epochs=options.epochs, run=str(run))
     if (run / "config.json").exists():
-        fields = {field.name for field in dataclasses.fields(SSGAN)}
-        saved = {name: value for name, value in checkpoint.load_config(run).items() if name in fields}
+        settings = checkpoint.load_config(run)
+        saved = {field.name: settings[field.name] for field in dataclasses.fields(SSGAN)}
         config = SSGAN(**saved | {"resume": str(run)})
     if train(config) is None:
         raise SystemExit(130)
     classifier = str(options.folder / "classifier.safetensors")
-    evaluate_gan.evaluate(evaluate_gan.EvaluateGAN(str(run), samples=options.samples, classifier=classifier))
+    evaluate_gan.evaluate(evaluate_gan.EvaluateGAN(run=str(run), samples=options.samples, classifier=classifier))
 
 
 def report(options: Options, runs: dict[Variant, list[Path]]) -> None:
@@ -102,8 +102,8 @@ def report(options: Options, runs: dict[Variant, list[Path]]) -> None:
     features = first["features"].partition(",")[0]  # without the path
     text += f"{first['samples']:,} images each, by the features of {features}; mean ± standard deviation.\n"
     options.results.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_atomically(options.results / "ssgan_study.md", text)
-    checkpoint.write_atomically(options.results / "ssgan_study.json", json.dumps(found, indent=1) + "\n")
+    files.write_atomically(options.results / "ssgan_study.md", text)
+    files.write_atomically(options.results / "ssgan_study.json", json.dumps(found, indent=1) + "\n")
     plots.probe_curves(curves, options.results / "ssgan_forgetting.png")
     print(f"\n{text}\n{options.results}: ssgan_study.md, ssgan_study.json, ssgan_forgetting.png")
 

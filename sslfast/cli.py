@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from sslfast.training import UserError
+from sslfast.training import UserError, failures
 
 COMMANDS = {
     "simclr": ("sslfast.methods.simclr", "train an encoder on unlabelled images with SimCLR"),
@@ -41,10 +41,13 @@ def main(args: list[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(COMMANDS[args[0]][0]).main(args[1:])
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that may not be written, …
-        print(f"sslfast {args[0]}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        said = str(error) if isinstance(error, UserError) else failures.sentence(error)
+        if said is None:
+            raise
+        print(f"sslfast {args[0]}: {said}", file=sys.stderr)
+        return 1
     return 0

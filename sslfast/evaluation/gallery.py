@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -10,7 +10,8 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sslfast.training import UserError, data
+from sslfast.training import UserError, data, datasets, decode, files
+from sslfast.training.options import Must, Pixels, Seed, Text, at_least, at_most, check
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment, SimCLRTransform
 
 RECIPES = {
@@ -25,34 +26,41 @@ RECIPES = {
 class Gallery:
     """Draw some images of a data set, each beside the pairs of views that successive epochs make of it."""
 
-    data: str = "fashion-mnist"
+    data: Text = "fashion-mnist"
     """digits, fashion-mnist, cifar10, or a directory of images."""
-    out: str = "gallery.png"
+    out: Annotated[Text, Must("name a file, not a folder", lambda out: not Path(out).is_dir())] = "gallery.png"
     """The picture."""
     recipe: Literal["simclr", "moco-v1", "moco-v2", "moco-v3"] = "simclr"
     """The augmentation, with the values of its paper."""
-    size: int = 0
+    size: Pixels = 0
     """Height and width of a view in pixels; 0 is the images' own, or 224 for files."""
-    images: int = 5
+    images: Annotated[int, at_least(1), at_most(100)] = 5
     """How many images, spread over the training split."""
-    epochs: int = 4
+    epochs: Annotated[int, at_least(1), at_most(50)] = 4
     """How many pairs of views of each."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the augmentation."""
-    data_dir: str = "~/.cache/sslfast"
+    data_dir: Text = "~/.cache/sslfast"
     """Where known data sets are looked for and downloaded to."""
+    background: str = "white"
+    """Colour on which transparent images are laid: a name, '#808080' or 'rgb(128, 128, 128)'."""
+    max_pixels: int = decode.MAX_PIXELS
+    """Image files of more pixels count as files that cannot be decoded."""
+    max_unpacked: int = datasets.MAX_UNPACKED
+    """Bytes that a .gz file of MNIST's kind may unpack to."""
 
 
 def main(args: list[str] | None = None) -> None:
     """The command `sslfast augment-gallery`."""
     options = tyro.cli(Gallery, args=args, prog="sslfast augment-gallery")
-    if options.images < 1 or options.epochs < 1 or options.size < 0:
-        raise UserError("--images and --epochs must be at least 1, and --size at least 0")
-    found = data.load(options.data, "train", options.data_dir)
+    check(options)
+    found = data.load_for(vars(options), "train")
     rows = np.linspace(0, len(found) - 1, min(options.images, len(found))).astype(int)
-    pixels, ids = next(data.batches(found, [rows]))
-    # Numbers of a recipe's normalisation are for three channels, and the picture wants [0, 1].
     recipe, size = RECIPES[options.recipe], options.size or found.size
+    pixels, ids = next(data.batches(found, [rows], size=size))
+    if not len(ids):
+        raise UserError(f"not one of {len(rows)} image files of {options.data} could be decoded")
+    # Numbers of a recipe's normalisation are for three channels, and the picture wants [0, 1].
     transform = recipe(size, mean=None, std=None, seed=options.seed, layout="CHW")
     draw_gallery(list(pixels), transform, Path(options.out), sample_ids=ids, epochs=options.epochs)
     print(f"{options.out}: {len(ids)} images, {options.epochs} pairs of views of each")
@@ -89,6 +97,5 @@ def draw_gallery(
             for view in range(views):
                 left = 0.08 + cell * (1 + epoch * views + view) + gap * (epoch + 1)
                 show(group[view, row].clamp(0, 1), row, left, f"epoch {epoch}" if view == 0 else "")
-    temporary = path.with_name(path.name + ".unfinished")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sslfast.evaluation.generative import over_images
+from sslfast.evaluation.features import over_images
 from sslfast.evaluation.linear import linear_probe
 from sslfast.evaluation.sheets import save_png, sheet, to_uint8
 from sslfast.gan import Discriminator, Generator, build_gan
-from sslfast.training import UserError, checkpoint, data
+from sslfast.training import UserError, checkpoint, data, files
 
 HEADS: dict[str, dict[str, Any]] = {  # of the discriminator, by variant
     "gan": {"score": True, "classes": 0},
@@ -26,10 +26,7 @@ PROBE_TRAIN, PROBE_TEST, PROBE_L2 = 5000, 2000, 1e-3  # images, and penalty, of 
 
 def load_config(run: Path) -> dict[str, Any]:
     """Return the settings of an ssgan run; raise UserError for a run of another method."""
-    config = checkpoint.load_config(run)
-    if config["method"] != "ssgan":
-        raise UserError(f"{run} is a run of {config['method']}, not of ssgan")
-    return config
+    return checkpoint.load_config(run, "ssgan")
 
 
 def load_networks(
@@ -43,15 +40,13 @@ def load_networks(
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])
         heads = HEADS[config["variant"]]
-        networks = build_gan(config["networks"], config["size"], config["channels"], config["latent"], **heads)
+        try:
+            networks = build_gan(config["networks"], config["size"], config["channels"], config["latent"], **heads)
+        except ValueError as error:
+            raise UserError(f"{run / 'config.json'} is damaged: {error}") from None
     if weights != "untrained":
-        loaded = checkpoint.load(run)
-        if loaded is None:
-            raise UserError(f"{run} has no checkpoint yet: sslfast ssgan --resume {run} goes on with the training")
-        names = ("average" if weights == "average" else "generator", "discriminator")
-        for network, name in zip(networks, names, strict=True):
-            own = {k.removeprefix(f"{name}."): v for k, v in loaded[0].items() if k.startswith(f"{name}.")}
-            network.load_state_dict(own)
+        name = "average" if weights == "average" else "generator"
+        checkpoint.load_weights(run, **{name: networks[0], "discriminator": networks[1]})
     for network in networks:
         network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return networks
@@ -102,7 +97,7 @@ def reporter(
     (run / "samples").mkdir(exist_ok=True)
     path, precision = run / "probes.json", config["precision"]
     latents = latents_of(range(SHEET**2), config["latent"])
-    test = data.load(config["data"], "test", config["data_dir"])
+    test = data.load_for(config, "test")
     shuffle = torch.Generator().manual_seed(0)
     chosen = []
     for split, count in ((train, PROBE_TRAIN), (test, PROBE_TEST)):
@@ -118,14 +113,16 @@ def reporter(
             return
         discriminator.eval()
         function = features_of(discriminator, precision)
-        known, unknown = (
+        (known, known_ids), (unknown, unknown_ids) = (
             over_images(function, split, config["size"], rows, config["workers"])
             for split, rows in zip((train, test), chosen, strict=True)
         )
         discriminator.train()
-        labels = train.labels[chosen[0]], test.labels[chosen[1]]
+        labels = train.labels[known_ids], test.labels[unknown_ids]
+        if len(labels[0].unique()) < 2 or not len(unknown):
+            return
         probes = json.loads(path.read_text()) if path.exists() else {}
         probes[str(step)] = round(linear_probe(known, labels[0], unknown, labels[1], PROBE_L2), 3)
-        checkpoint.write_atomically(path, json.dumps(probes, indent=1) + "\n")
+        files.write_atomically(path, json.dumps(probes, indent=1) + "\n")
 
     return report

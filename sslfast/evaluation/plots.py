@@ -1,6 +1,5 @@
 """The pictures of a run, as PNG files."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +8,15 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sslfast.training import files, logging
+
 INK, FAINT, LINE = "#22272e", "#c9d1d9", "#1f6feb"
 RIGHT, WRONG = "#2da44e", "#d1242f"
 
 
 def loss_curve(metrics: Path, path: Path) -> None:
     """Draw the loss and learning rate of ``metrics.jsonl`` over the epochs."""
-    text = metrics.read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be half written
+    lines = logging.read(metrics)
     if not lines:
         return
     loss = np.array([line["loss"] for line in lines])
@@ -39,8 +39,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
 
 def gan_curves(metrics: Path, path: Path) -> None:
     """Draw both losses of a GAN's ``metrics.jsonl``, and the accuracy of rotation prediction if it is there."""
-    text = metrics.read_text()
-    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    lines = logging.read(metrics)
     if not lines:
         return
     steps = np.array([line["step"] for line in lines])
@@ -80,10 +79,15 @@ def probe_curves(runs: dict[str, list[dict[int, float]]], path: Path) -> None:
     _save(figure, path)
 
 
-def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> None:
-    """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64)."""
+def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> bool:
+    """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64).
+
+    Returns False, and draws nothing, where there is nothing to map: fewer than 4 points, or all at one place.
+    """
     from sklearn.manifold import TSNE
 
+    if len(features) < 4 or torch.equal(features, features[:1].expand_as(features)):
+        return False
     perplexity = min(30.0, (len(features) - 1) / 3)
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features.numpy())
     shown = torch.unique(labels).tolist()
@@ -99,6 +103,7 @@ def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Pa
     axes.spines[:].set_visible(False)
     axes.margins(0.02)
     _save(figure, path)
+    return True
 
 
 def neighbour_sheet(
@@ -142,6 +147,5 @@ def _figure(width: float, height: float):
 
 
 def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(path.name + ".unfinished")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        figure.savefig(file, dpi=150, format="png")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,33 +12,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslfast.evaluation import sampling
+from sslfast.evaluation.features import over_images
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
-from sslfast.training import UserError, checkpoint, data
-from sslfast.training.loop import best_precision
+from sslfast.training import UserError, checkpoint
+from sslfast.training.loop import best_precision, load_images
+from sslfast.training.options import Count, NotNegative, Seed, UseOptions, at_least, at_most, check
 
 FRAMES = 30  # of the animation
 GIF_WIDTH = 320  # pixels, about: noise does not compress
 STRIP = 10  # columns of the denoising strip
 
 
-@dataclasses.dataclass
-class Sample:
+@dataclasses.dataclass(kw_only=True)
+class Sample(UseOptions):
     """Draw images from a DDPM run: samples.png, denoising.png (how some came about) and denoising.gif.
 
     Example: sslfast sample runs/ddpm-fashion-mnist-… --n 64 --steps 50
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
-    n: int = 64
+    n: Annotated[int, at_least(1), at_most(100_000)] = 64
     """Images."""
-    steps: int = 50
+    steps: Count = 50
     """Steps of the sampler, each a call of the network."""
     sampler: sampling.Sampler = "ddim"
     """ddim: without noise, 20 to 100 steps; ddpm: with noise, 50 to 1000 steps; dpm-solver++: 10 to 25 steps."""
-    eta: float = 0.0
+    eta: Annotated[NotNegative, at_most(1)] = 0.0
     """Noise of ddim: 0 for none, 1 for as much as ddpm."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first image; each further image has the next."""
     label: str = ""
     """Class to draw, by name or number; by default all in turn. For runs with --conditional."""
@@ -48,16 +48,14 @@ class Sample:
     """The moving average of the weights, or the last weights themselves."""
     inpaint: Literal["", "left", "right", "top", "bottom", "center"] = ""
     """Invent this part of n test images anew (RePaint), by ddpm or ddim; writes inpainting.png."""
-    visits: int = 5
+    visits: Annotated[int, at_least(1), at_most(1000)] = 5
     """How often inpainting takes each step, so that known and new come to fit."""
-    interpolate: tuple[int, int] | None = None
+    interpolate: tuple[Seed, Seed] | None = None
     """Two seeds: n images on the way from one to the other, by ddim; writes interpolation.png."""
     out: str = ""
     """The folder to write; by default RUN/samples."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Images computed at once."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the network; auto: bfloat16 where the hardware multiplies matrices in it."""
 
@@ -69,9 +67,10 @@ def main(args: list[str] | None = None) -> None:
 
         return sample_gan.main(args)
     options = tyro.cli(Sample, args=args, prog="sslfast sample")
+    check(options)
     run, device = Path(options.run), torch.device(options.device)
     config = sampling.load_config(run)
-    check(options, config)
+    check_together(options, config)
     precision = best_precision(options.device) if options.precision == "auto" else options.precision
     scheduler = sampling.make_scheduler(config, options.sampler, options.steps)
     unet = sampling.load_unet(run, options.weights).to(device)
@@ -83,7 +82,7 @@ def main(args: list[str] | None = None) -> None:
         return sampling.predictor(unet, precision, None if classes is None else classes[part], options.guidance)
 
     if options.inpaint:
-        originals, mask = holes(config, options.inpaint, options.n)
+        originals, mask = holes(config, options)
         known = F.pixel_unshuffle(originals.float() / 127.5 - 1, config["patch"]).to(device)
         kept = F.pixel_unshuffle(mask.expand(config["channels"], -1, -1).float(), config["patch"]).bool().to(device)
 
@@ -118,10 +117,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"{out}: samples.png, denoising.png, denoising.gif ({options.n} images, {options.steps} steps)")
 
 
-def check(options: Sample, config: dict[str, Any]) -> None:
+def check_together(options: Sample, config: dict[str, Any]) -> None:
     """Raise UserError for options that do not go together, or not with this run."""
-    if options.n < 1 or options.batch_size < 1 or options.visits < 1 or options.eta < 0:
-        raise UserError("--n, --batch-size and --visits must be at least 1, and --eta at least 0")
     if options.eta and options.sampler != "ddim":
         raise UserError("--eta is for --sampler ddim")
     if options.interpolate and (options.sampler != "ddim" or options.eta or options.inpaint):
@@ -145,14 +142,14 @@ def chosen_classes(config: dict[str, Any], label: str, n: int, device: torch.dev
     return torch.full((n,), known.index(label) % len(names), device=device)
 
 
-def holes(config: dict[str, Any], region: str, n: int) -> tuple[Tensor, Tensor]:
+def holes(config: dict[str, Any], options: Sample) -> tuple[Tensor, Tensor]:
     """Return n test images (n, C, H, W) uint8 and the mask (1, H, W) of what stays."""
-    images = data.load(config["data"], "test", config["data_dir"])
-    if len(images) < n:
-        raise UserError(f"{config['data']} has {len(images)} test images to paint in, fewer than --n {n}")
-    size = config["size"]
-    pixels, _ = next(data.batches(images, [torch.arange(n).numpy()], square=size))
-    assert isinstance(pixels, Tensor)
+    images = load_images(config, "test", options.data, options.data_dir)
+    size, n = config["size"], options.n
+    pixels, ids = over_images(lambda pixels: pixels, images, size, torch.arange(len(images))[: 2 * n])
+    if len(ids) < n:
+        raise UserError(f"{config['data']} has {len(ids)} test images to paint in, fewer than --n {n}")
+    pixels = pixels[:n]
     mask = torch.ones(1, size, size, dtype=torch.bool)
     half, quarter = size // 2, size // 4
     where = {
@@ -162,7 +159,7 @@ def holes(config: dict[str, Any], region: str, n: int) -> tuple[Tensor, Tensor]:
         "bottom": (slice(half, size), slice(None)),
         "center": (slice(quarter, size - quarter), slice(quarter, size - quarter)),
     }
-    mask[0][where[region]] = False
+    mask[0][where[options.inpaint]] = False
     return pixels, mask
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -11,39 +11,34 @@ import tyro
 from sslfast.evaluation.gan import generate, latents_of, load_config, load_networks
 from sslfast.evaluation.sampling import between
 from sslfast.evaluation.sheets import save_png, sheet
-from sslfast.training import UserError
+from sslfast.training.options import Seed, UseOptions, at_least, at_most, check
 
 
-@dataclasses.dataclass
-class SampleGAN:
+@dataclasses.dataclass(kw_only=True)
+class SampleGAN(UseOptions):
     """Draw images from an ssgan run: samples.png, or interpolation.png.
 
     Example: sslfast sample runs/ssgan-fashion-mnist-… --interpolate 8 --n 10
     """
 
-    run: tyro.conf.Positional[str]
-    """The run's folder."""
-    n: int = 64
+    n: Annotated[int, at_least(1), at_most(100_000)] = 64
     """Images; with --interpolate, images in a row."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first image; each further image has the next."""
-    interpolate: int = 0
+    interpolate: Annotated[int, at_least(0), at_most(1000)] = 0
     """Rows of images on the way from one seed's image to the next one's, which the next row goes on from."""
     weights: Literal["average", "raw"] = "average"
     """The moving average of the weights, or the last weights themselves."""
     out: str = ""
     """The folder to write; by default RUN."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to compute: cpu, cuda, cuda:1, …"""
 
 
 def main(args: list[str] | None = None) -> None:
     """The command `sslfast sample` for a run of ssgan."""
     options = tyro.cli(SampleGAN, args=args, prog="sslfast sample")
+    check(options)
     run = Path(options.run)
     config = load_config(run)
-    if options.n < 1 or options.interpolate < 0:
-        raise UserError("--n must be at least 1 and --interpolate at least 0")
     generator = load_networks(run, options.weights)[0].to(options.device)
     out = Path(options.out or run)
     out.mkdir(parents=True, exist_ok=True)

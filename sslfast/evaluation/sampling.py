@@ -30,10 +30,7 @@ ANOTHER_SEED = 2**40 + 435  # seed + k · this is far from the seeds that people
 
 def load_config(run: Path) -> dict[str, Any]:
     """Return the settings of a DDPM run; raise UserError for a run of another method."""
-    config = checkpoint.load_config(run)
-    if config["method"] != "ddpm":
-        raise UserError(f"{run} is a run of {config['method']}, not of ddpm")
-    return config
+    return checkpoint.load_config(run, "ddpm")
 
 
 def build_unet(config: dict[str, Any]) -> UNet:
@@ -53,13 +50,12 @@ def load_unet(run: Path, weights: Literal["average", "raw", "untrained"] = "aver
     config = load_config(run)
     with torch.random.fork_rng():
         torch.manual_seed(config["seed"])
-        unet = build_unet(config)
+        try:
+            unet = build_unet(config)
+        except ValueError as error:
+            raise UserError(f"{run / 'config.json'} is damaged: {error}") from None
     if weights != "untrained":
-        loaded = checkpoint.load(run)
-        if loaded is None:
-            raise UserError(f"{run} has no checkpoint yet: sslfast ddpm --resume {run} goes on with the training")
-        prefix = "average." if weights == "average" else "unet."
-        unet.load_state_dict({k.removeprefix(prefix): v for k, v in loaded[0].items() if k.startswith(prefix)})
+        checkpoint.load_weights(run, **{"average" if weights == "average" else "unet": unet})
     return unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

@@ -8,6 +8,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from sslfast.training import files
+
 
 def sheet(images: Tensor, columns: int, width: int = 640) -> Image.Image:
     """Return images (N, 1 or 3, H, W) uint8 in rows of ``columns`` on white.
@@ -22,9 +24,8 @@ def sheet(images: Tensor, columns: int, width: int = 640) -> Image.Image:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG, to another name first."""
-    temporary = path.with_name(path.name + ".unfinished")
-    image.save(temporary, format="PNG", optimize=True)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        image.save(file, format="PNG", optimize=True)
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, hold: float = 1.5) -> None:
@@ -32,9 +33,8 @@ def save_gif(frames: Sequence[Image.Image], path: Path, seconds: float = 4.0, ho
     first, *rest = (frame.convert("P", palette=Image.Palette.ADAPTIVE) for frame in frames)
     each = max(20, round(1000 * seconds / len(frames)))
     durations = [each] * len(rest) + [round(1000 * hold)]
-    temporary = path.with_name(path.name + ".unfinished")
-    first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
-    temporary.replace(path)
+    with files.replacing(path) as file:
+        first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast.evaluation.sampling import build_unet
+from sslfast.evaluation.sampling import build_unet, noise_shape
 from sslfast.ops import diffusion_loss, q_sample
 from sslfast.schedulers import DDPMScheduler
 from sslfast.training import UserError, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.loop import Loop, parse, rehearse, start
 from sslfast.training.options import (
     MAY_CHANGE,
     Count,
@@ -101,15 +101,15 @@ def main(args: list[str] | None = None) -> None:
     if run is None:
         raise SystemExit(130)  # as a shell reports a process that was interrupted
     if config.evaluate and main_rank:
-        from sslfast.evaluation import evaluate
+        from sslfast.evaluation.evaluate_ddpm import EvaluateDDPM, evaluate
 
-        evaluate.main([str(run), "--device", config.device])
+        evaluate(EvaluateDDPM(run=str(run), device=config.device))
 
 
 def train(config: DDPM) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
     config, images = start(config, file_size=64)
-    size, steps_per_epoch = config.size, len(images) // config.batch_size
+    size = config.size
     if config.conditional and (images.labels < 0).any():
         raise UserError("--conditional needs images in class folders: some of these have no class")
     facts = {"channels": images.channels, "classes": images.classes}
@@ -122,7 +122,9 @@ def train(config: DDPM) -> Path | None:
     device = distributed.local_device(config.device)
     unet = network(config, facts).to(device).to(memory_format=torch.channels_last)
     average = copy.deepcopy(unet).requires_grad_(False)
-    run = begin(config, "ddpm", **facts)
+    blank = torch.zeros(1, *noise_shape(dataclasses.asdict(config) | facts), device=device)
+    some = torch.zeros(1, dtype=torch.int64, device=device) if config.conditional else None
+    rehearse(config, images, unet, lambda _: unet(blank, 0, some))
     wrapped = distributed.wrap(unet)
     forward = torch.compile(wrapped) if config.compile else wrapped
     schedule = DDPMScheduler(
@@ -130,11 +132,11 @@ def train(config: DDPM) -> Path | None:
     )
     alphas_cumprod = schedule.alphas_cumprod.to(device)
     optimizer = torch.optim.AdamW(optimizers.parameter_groups(unet, config.weight_decay), lr=config.lr, fused=True)
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     weights = nn.ModuleDict({"unet": unet, "average": average})
 
-    with Loop(run, config, weights, {"optimizer": optimizer}, steps_per_epoch) as loop:
-        for _epoch, pixels, ids in loop.batches(images, square=size):
+    with Loop("ddpm", config, images, weights, {"optimizer": optimizer}) as loop:
+        warmup_steps = round(config.warmup_epochs * loop.steps_per_epoch)
+        for _epoch, pixels, ids in loop.batches(square=size):
             assert isinstance(pixels, Tensor)
             timesteps, withheld, flipped = draw(config, loop.step, len(ids))
             timesteps = timesteps.to(device)
@@ -170,7 +172,7 @@ def train(config: DDPM) -> Path | None:
             optimizer.step()
             update_average(average, unet, min(config.average, (1 + loop.step) / (10 + loop.step)))
             loop.end_step(len(ids), loss=loss.detach(), lr=rate, gradient=length)
-    return None if loop.stopped else run
+    return loop.result
 
 
 def network(config: DDPM, facts: dict) -> nn.Module:

@@ -25,7 +25,7 @@ from sslfast.models import build_encoder, projection_head
 from sslfast.ops.similarity_lse import similarity_lse
 from sslfast.training import UserError, data, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.loop import Loop, parse, rehearse, start
 from sslfast.training.options import MAY_CHANGE, EncoderOptions, Must, NotNegative, Share, at_least, at_most
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment
 
@@ -90,11 +90,6 @@ def train(config: MoCo) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
     config, images = start(config, LEAST)
     config = settle(config, images)
-    steps_per_epoch = len(images) // config.batch_size
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-    top_rate = config.lr * config.batch_size / 256
-    run = begin(config, "moco", channels=images.channels)
-
     device = distributed.local_device(config.device)
     encoder, features = build_encoder(config.encoder, images.channels)
     head, predictor = build_heads(config, features)
@@ -107,19 +102,25 @@ def train(config: MoCo) -> Path | None:
     saved = nn.ModuleDict(OrderedDict(encoder=encoder, head=head, predictor=predictor, key=key_model, queue=queue))
     transform = build_transform(config, images.channels)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
-    groups = max(1, config.bn_groups // world_size())
     pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]  # (the view of the queries, the view of the keys)
 
-    with Loop(run, config, saved, {"optimizer": optimizer}, steps_per_epoch) as loop:
-        for epoch, pixels, ids in loop.batches(images):
+    top_rate = config.lr * config.batch_size / 256
+    rehearse(config, images, model, lambda pixels: model(transform(pixels)[0].to(device)))
+
+    with Loop("moco", config, images, saved, {"optimizer": optimizer}) as loop:
+        warmup_steps = round(config.warmup_epochs * loop.steps_per_epoch)
+        for epoch, pixels, ids in loop.batches(least=LEAST):
             views = [view.to(device) for view in transform(pixels, ids, epoch)]
             rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)
             optimizers.set_learning_rate(optimizer, rate)
             update_average(key_model[0], backbone, key_momentum(config, loop.step / loop.total_steps))
 
+            # BatchNorm needs two images in each group, also of a batch that unreadable files have made smaller.
+            all_groups = min(config.bn_groups, len(ids) // 2 * world_size())
+            groups = max(1, all_groups // world_size())
             with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                 queries = forward(torch.cat([views[q] for q, _ in pairs]), groups * len(pairs)).float()
-                keys = [encode_keys(key_model, views[k], config.bn_groups, loop.step) for _, k in pairs]
+                keys = [encode_keys(key_model, views[k], all_groups, loop.step) for _, k in pairs]
             negatives = queue.keys if config.queue else None
             losses = [
                 contrast(F.normalize(q), k, negatives, config.temperature)
@@ -131,7 +132,7 @@ def train(config: MoCo) -> Path | None:
             optimizer.step()
             queue.put(torch.cat(keys))
             loop.end_step(len(ids), loss=loss, lr=rate)
-    return None if loop.stopped else run
+    return loop.result
 
 
 @torch.no_grad()

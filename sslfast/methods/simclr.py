@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslfast.losses import NTXentLoss
 from sslfast.models import build_encoder, projection_head
 from sslfast.training import distributed, micro_batch, optimizers
-from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.loop import Loop, parse, rehearse, start
 from sslfast.training.options import (
     Depth,
     EncoderOptions,
@@ -72,11 +72,6 @@ def main(args: list[str] | None = None) -> None:
 def train(config: SimCLR) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
     config, images = start(config, LEAST)
-    steps_per_epoch = len(images) // config.batch_size
-    warmup_steps = round(config.warmup_epochs * steps_per_epoch)
-    top_rate = config.lr * config.batch_size / 256
-    run = begin(config, "simclr", channels=images.channels)
-
     device = distributed.local_device(config.device)
     encoder, features = build_encoder(config.encoder, images.channels)
     head = projection_head(features, config.head_hidden, config.head_features, config.head_layers)
@@ -97,6 +92,8 @@ def train(config: SimCLR) -> Path | None:
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
 
+    rehearse(config, images, model, lambda pixels: model(transform(pixels)[0].to(device)))
+
     def encode(views: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
             return forward(views).float()
@@ -106,8 +103,10 @@ def train(config: SimCLR) -> Path | None:
         return criterion(torch.cat(first), torch.cat(second))
 
     slice_size = config.micro_batch or config.batch_size
-    with Loop(run, config, model, {"optimizer": optimizer}, steps_per_epoch) as loop:
-        for epoch, pixels, ids in loop.batches(images):
+    top_rate = config.lr * config.batch_size / 256
+    with Loop("simclr", config, images, model, {"optimizer": optimizer}) as loop:
+        warmup_steps = round(config.warmup_epochs * loop.steps_per_epoch)
+        for epoch, pixels, ids in loop.batches(least=LEAST):
             views = [view.split(slice_size) for view in transform(pixels, ids, epoch)]
             slices = [torch.cat(pair).to(device) for pair in zip(*views, strict=True)]
             rate = top_rate * optimizers.warmup_cosine(loop.step, loop.total_steps, warmup_steps)
@@ -117,4 +116,4 @@ def train(config: SimCLR) -> Path | None:
             loss = micro_batch.backward(wrapped, encode, slices, loss_of)
             optimizer.step()
             loop.end_step(len(ids), loss=loss, lr=rate)
-    return None if loop.stopped else run
+    return loop.result

@@ -29,7 +29,7 @@ from sslfast.gan import GanName, build_gan, differentiable_augmentation
 from sslfast.ops import rotate4
 from sslfast.training import UserError, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, begin, parse, start
+from sslfast.training.loop import Loop, parse, start
 from sslfast.training.options import (
     MAY_CHANGE,
     Count,
@@ -102,13 +102,13 @@ def main(args: list[str] | None = None) -> None:
     if config.evaluate and main_rank:
         from sslfast.evaluation import evaluate_gan
 
-        evaluate_gan.evaluate(evaluate_gan.EvaluateGAN(str(run), device=config.device))
+        evaluate_gan.evaluate(evaluate_gan.EvaluateGAN(run=str(run), device=config.device))
 
 
 def train(config: SSGAN) -> Path | None:
     """Train as ``config`` says and return the run's folder, or None if the person stopped it."""
     config, images = start(config, LEAST, file_size=64)
-    size, steps_per_epoch = config.size, len(images) // config.batch_size
+    size = config.size
     device = distributed.local_device(config.device)
     try:
         heads = HEADS[config.variant]
@@ -118,20 +118,18 @@ def train(config: SSGAN) -> Path | None:
     generator.to(device).to(memory_format=torch.channels_last)
     discriminator.to(device).to(memory_format=torch.channels_last)
     average = copy.deepcopy(generator).requires_grad_(False)
-    run = begin(config, "ssgan", channels=images.channels, classes=images.classes)
-
     all_generators = distributed.wrap(generator, sync_batchnorm=True)
     all_discriminators = distributed.wrap(discriminator)
     generator_adam = torch.optim.Adam(generator.parameters(), config.lr, betas=(0.0, 0.9))
     discriminator_adam = torch.optim.Adam(discriminator.parameters(), config.lr, betas=(0.0, 0.9))
     state = {"generator": generator_adam, "discriminator": discriminator_adam}
     weights = nn.ModuleDict({"generator": generator, "discriminator": discriminator, "average": average})
-    report = reporter(run, dataclasses.asdict(config), images, average, discriminator)
     quiet = torch.zeros((), device=device)  # steps in a row in which the discriminator's loss was next to nothing
     loss_generator = torch.zeros(())
 
-    with Loop(run, config, weights, state, steps_per_epoch) as loop:
-        for _epoch, pixels, ids in loop.batches(images, square=size):
+    with Loop("ssgan", config, images, weights, state) as loop:
+        report = reporter(loop.folder, dataclasses.asdict(config), images, average, discriminator)
+        for _epoch, pixels, ids in loop.batches(square=size, least=LEAST):
             assert isinstance(pixels, Tensor)
             # All that is random in a step depends on the seed, the step and the place in the whole batch: a run that
             # was resumed goes on as if nothing had been, and several ranks draw what one would.
@@ -177,9 +175,9 @@ def train(config: SSGAN) -> Path | None:
                     f"{NOTHING_LEFT:g}, so that the generator learns next to nothing. Fewer --discriminator-steps, a "
                     "lower --lr, or --augment may help."
                 )
-            values = {"loss": loss.detach(), "generator_loss": loss_generator.detach(), "lr": rate}
-            loop.end_step(len(ids), **values, **({} if rotation is None else {"rotation": rotation}))
-    return None if loop.stopped else run
+            values = {} if rotation is None else {"rotation": rotation}
+            loop.end_step(len(ids), loss=loss.detach(), generator_loss=loss_generator.detach(), lr=rate, **values)
+    return loop.result
 
 
 def draw(random: torch.Generator, config: SSGAN, ids: Tensor, latent: int | None = None) -> Tensor:

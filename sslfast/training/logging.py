@@ -1,5 +1,6 @@
 """What a run says while it trains: a progress bar, ``metrics.jsonl`` and TensorBoard."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,20 +9,24 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from sslfast.training import files
+
 
 class RunLog:
     """Write the scalars of a run to ``RUN/metrics.jsonl`` and TensorBoard, and show progress.
 
     One line of ``metrics.jsonl`` is one logged step: ``{"step": 120, "epoch": 2, "loss": 4.2, …}``. ``position()``
     belongs into each checkpoint; handing it back as ``resume_at`` cuts off what was logged after that checkpoint, so
-    that a resumed run has every step once. Without a terminal, a line every ten seconds replaces the bar.
+    that a resumed run has every step once; of a file that has become shorter, whole lines are kept. Without a terminal,
+    a line every ten seconds replaces the bar.
     """
 
     def __init__(self, run: Path, total_steps: int, first_step: int = 0, resume_at: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.file = (run / "metrics.jsonl").open("ab")
-        self.file.truncate(resume_at)
+        path = run / "metrics.jsonl"
+        _cut(path, resume_at)
+        self.file = path.open("ab")
         self.tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=first_step or None)
         self.total_steps, self.first_step = total_steps, first_step
         self.start = self.last_line = time.monotonic()
@@ -66,6 +71,28 @@ class RunLog:
         self.bar.close()
         self.file.close()
         self.tensorboard.close()
+
+
+def read(path: Path) -> list[dict]:
+    """Return the lines of a ``metrics.jsonl``; none for what is damaged, such as a last line that is half written."""
+    lines = []
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            line = json.loads(text)
+            if isinstance(line, dict) and {"step", "epoch", "loss"} <= line.keys():
+                lines.append(line)
+    return lines
+
+
+def _cut(path: Path, length: int) -> None:
+    """Keep the first ``length`` bytes of a file of lines, in a new file: whoever else holds the old one keeps it."""
+    content = path.read_bytes() if path.exists() else b""
+    kept = content[: max(0, length)]
+    kept = kept[: kept.rfind(b"\n") + 1]
+    if len(kept) < length:
+        print(f"{path} is shorter than when the checkpoint was written: lines of earlier steps are missing", flush=True)
+    with files.replacing(path) as file:
+        file.write(kept)
 
 
 class NoLog(RunLog):
