@@ -12,6 +12,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
