@@ -265,7 +265,7 @@ def test_idx_headers_that_promise_too_much(tmp_path, suffix, shape):
     content = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape) + b"x"
     path = tmp_path / (datasets.IDX_NAMES["train"][0] + suffix)
     path.write_bytes(gzip.compress(content) if suffix else content)
-    with pytest.raises(UserError, match="its header promises|would unpack to"):
+    with pytest.raises(UserError, match=r"its header promises|would unpack to"):
         data.load(str(tmp_path), "train", max_unpacked=2**62)
 
 
