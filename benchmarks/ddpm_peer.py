@@ -247,7 +247,7 @@ def training(options: Options) -> dict[str, dict[str, float]]:
     theirs = settings | {"schedule": "linear", "prediction": "epsilon"}
     models |= {"diffusers, average": (averaged, theirs), "diffusers, raw": (raw, theirs)}
     function, name = features_of_classifier(options.run / "classifier.safetensors", train, test, train.size, "cpu")
-    known = generative.over_images(function, train, train.size, torch.arange(len(train)))
+    known, _ = generative.over_images(function, train, train.size, torch.arange(len(train)))
     print(f"{seconds:.0f} s of training each ({steps} steps of diffusers); {options.samples} images, {name}")
     results = {}
     for row, (unet, own) in models.items():

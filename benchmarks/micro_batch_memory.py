@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from sslfast.training import data
+from sslfast.training.datasets import IDX_NAMES
 
 IMAGES = 8192
 
@@ -23,7 +24,7 @@ def write_part_of_fashion_mnist(folder: Path) -> None:
     """Write the first images as files of MNIST's kind, all of them small enough not to matter."""
     for split, count in (("train", IMAGES), ("test", 16)):
         images = data.load("fashion-mnist", split)
-        for name, content in zip(data.IDX_NAMES[split], (images.source[:count, 0], images.labels[:count]), strict=True):
+        for name, content in zip(IDX_NAMES[split], (images.source[:count, 0], images.labels[:count]), strict=True):
             array = content.numpy().astype(np.uint8)
             header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
             (folder / f"{name}.gz").write_bytes(gzip.compress(header + array.tobytes()))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.io import write_jpeg, write_png
 
-from sslfast.training import UserError, data
+from sslfast.training import UserError, data, datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
 
@@ -22,7 +22,7 @@ def write_idx(path, array):
 @pytest.fixture
 def idx_folder(tmp_path):
     rng = np.random.default_rng(0)
-    for split, (images, labels) in data.IDX_NAMES.items():
+    for split, (images, labels) in datasets.IDX_NAMES.items():
         count = 30 if split == "train" else 10
         write_idx(tmp_path / f"{images}.gz", rng.integers(0, 256, (count, 28, 28), np.uint8))
         write_idx(tmp_path / labels, np.arange(count, dtype=np.uint8) % 3)
@@ -52,7 +52,7 @@ def test_digits_need_nothing():
     assert not {row.numpy().tobytes() for row in train.source} & {row.numpy().tobytes() for row in test.source}
 
 
-@pytest.mark.skipif(not data.FASHION_MNIST_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(not datasets.FASHION_MNIST_FOLDER.is_dir(), reason="dataset-fashion-mnist is not installed")
 def test_fashion_mnist_of_debian():
     test = data.load("fashion-mnist", "test")
     assert test.source.shape == (10_000, 1, 28, 28)
@@ -71,7 +71,7 @@ def test_idx_files_packed_or_not(idx_folder):
 
 def test_fashion_mnist_by_download(monkeypatch, tmp_path, idx_folder):
     """What torchvision would fetch is used where it puts it; without a network the person learns what to do."""
-    monkeypatch.setattr(data, "FASHION_MNIST_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "FASHION_MNIST_FOLDER", tmp_path / "nowhere")
     folder = tmp_path / "downloads"
 
     def download(root, download):
@@ -215,12 +215,22 @@ def test_corrupt_file_stops_on_demand(image_folder):
         list(data.batches(images, [np.arange(12)], corrupt="stop"))
 
 
-def test_a_batch_without_one_good_file_stops(image_folder):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_without_one_good_file_is_empty(image_folder, workers):
     images = data.load(str(image_folder), "train")
     for row in (0, 1):
         images.source[row].write_text("")
-    with pytest.raises(UserError, match="not one of 2 image files could be decoded"):
-        list(data.batches(images, [np.array([0, 1])]))
+    rows = [np.array([0, 1]), np.array([2, 1])]
+    lists = list(data.batches(images, rows, workers))
+    assert [(len(pixels), ids.tolist(), ids.dtype) for pixels, ids in lists] == [
+        (0, [], torch.int64),
+        (1, [2], torch.int64),
+    ]
+    squares = list(data.batches(images, rows, workers, square=8))
+    assert [(tuple(pixels.shape), pixels.dtype) for pixels, _ in squares] == [
+        ((0, 3, 8, 8), torch.uint8),
+        ((1, 3, 8, 8), torch.uint8),
+    ]
 
 
 def test_square_crops_the_centre():

@@ -7,18 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from sslfast.evaluation.linear import linear_probe
-from sslfast.evaluation.neighbours import knn_accuracy, nearest
+from sslfast.evaluation.features import accuracies, centred, extract, have_labels, raw_pixels
+from sslfast.evaluation.neighbours import nearest
 from sslfast.models import build_encoder
 from sslfast.training import checkpoint, data, files
 from sslfast.training.loop import load_images
 from sslfast.training.options import UseOptions, Whole, check, check_device
-
-PIXELS_AT_MOST = 32  # the raw-pixel baseline shrinks larger images to this size
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -51,7 +48,8 @@ def evaluate(
     """Print and return accuracies in percent, and write evaluation.json and three pictures into the run's folder.
 
     ``where`` and ``data_dir`` are --data and --data-dir, if the data lies elsewhere now. Data without classes or
-    without a test split gives only the picture of the loss, and {}.
+    without a test split gives only the picture of the loss, and {}. Accuracies that mean nothing and pictures that
+    cannot be drawn, for want of images or classes, are left out.
     """
     from sslfast.evaluation import plots
 
@@ -61,7 +59,7 @@ def evaluate(
     untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
-    if (train.labels < 0).all() or (test.labels < 0).all():
+    if not have_labels(train, test):
         print(f"{config['data']} has no test images in class folders, by which features could be judged")
         return {}
 
@@ -76,34 +74,31 @@ def evaluate(
     train_labels, test_labels = train.labels[train_ids], test.labels[test_ids]
     seconds = time.monotonic() - start
     print(f"features of {len(train_ids):,} training and {len(test_ids):,} test images: {seconds:.0f} s")
-
-    for kind in kinds:  # cosine similarity depends on the origin: give every representation its best one
-        mean = train_features[kind].mean(0)
-        train_features[kind] -= mean
-        test_features[kind] -= mean
-    results = {}
-    print(f"\n{'test accuracy, %':20s}{'kNN(10)':>10s}{'kNN(200)':>10s}{'linear':>10s}")
-    for kind in kinds:
-        sets = (train_features[kind], train_labels, test_features[kind], test_labels)
-        knn = knn_accuracy(*sets)
-        results[kind] = {"knn10": knn[10], "knn200": knn[200], "linear": linear_probe(*sets)}
-        print(f"{kind:20s}" + "".join(f"{value:10.1f}" for value in results[kind].values()), flush=True)
+    centred(train_features, test_features)
+    results = accuracies(kinds, (train_features, train_labels), (test_features, test_labels))
     files.write_atomically(run / "evaluation.json", json.dumps(results, indent=2) + "\n")
 
     features, train_vectors = test_features[config["method"]], train_features[config["method"]]
+    drawn = ["loss.png"] if (run / "loss.png").exists() else []
     sample = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:map_samples]
-    plots.embedding_map(features[sample], test_labels[sample], test.classes, run / "embedding.png")
-    first = torch.stack([(test_labels == c).nonzero()[0, 0] for c in test_labels.unique()[:10]])
-    index = nearest(features[first], train_vectors, min(10, len(train_ids)))[1]
-    plots.neighbour_sheet(
-        pictures(test, test_ids[first], config["size"]),
-        test_labels[first],
-        torch.stack([pictures(train, train_ids[row], config["size"]) for row in index]),
-        train_labels[index],
-        test.classes,
-        run / "neighbours.png",
-    )
-    print(f"\npictures: {run}/loss.png, embedding.png, neighbours.png")
+    if plots.embedding_map(features[sample], test_labels[sample], test.classes, run / "embedding.png"):
+        drawn.append("embedding.png")
+    if len(train_ids) and len(test_ids):
+        first = torch.stack([(test_labels == c).nonzero()[0, 0] for c in test_labels.unique()[:10]])
+        index = nearest(features[first], train_vectors, min(10, len(train_ids)))[1]
+        plots.neighbour_sheet(
+            pictures(test, test_ids[first], config["size"]),
+            test_labels[first],
+            torch.stack([pictures(train, train_ids[row], config["size"]) for row in index]),
+            train_labels[index],
+            test.classes,
+            run / "neighbours.png",
+        )
+        drawn.append("neighbours.png")
+    left_out = {"embedding.png", "neighbours.png"} - set(drawn)
+    print(f"\npictures: {run}/{', '.join(drawn)}")
+    if left_out:
+        print(f"not drawn, for want of images: {', '.join(sorted(left_out))}")
     return results
 
 
@@ -134,32 +129,11 @@ def encoder_features(encoder: nn.Module, device: str, precision: str) -> Callabl
     return function
 
 
-def raw_pixels(pixels: Tensor) -> Tensor:
-    """Return uint8 images (n, C, H, W) as vectors in [0, 1], shrunk to 32 pixels where they are larger."""
-    images = pixels.float() / 255
-    if pixels.shape[-1] > PIXELS_AT_MOST:
-        images = F.interpolate(images, size=(PIXELS_AT_MOST, PIXELS_AT_MOST), mode="area")
-    return images.flatten(1)
-
-
-def extract(
-    functions: dict[str, Callable[[Tensor], Tensor]], images: data.Images, size: int, workers: int = 0
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return ({name: features (N, F)}, row numbers (N,)): each function on every labelled image, in one pass."""
-    found: dict[str, list[Tensor]] = {name: [] for name in functions}
-    ids = []
-    rows = (images.labels >= 0).nonzero()[:, 0].numpy()
-    parts = [rows[start : start + 500] for start in range(0, len(rows), 500)]
-    for pixels, chosen in data.batches(images, parts, workers, square=size):
-        ids.append(chosen)
-        assert isinstance(pixels, Tensor)
-        for name, function in functions.items():
-            found[name].append(function(pixels))
-    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(ids)
-
-
 def pictures(images: data.Images, rows: Tensor, size: int) -> Tensor:
-    """Return images (n, C, size, size) uint8 by row number."""
-    pixels, _ = next(data.batches(images, [rows.numpy()], square=size))
-    assert isinstance(pixels, Tensor)
-    return pixels
+    """Return images (n, C, size, size) uint8 by row number; grey for files that cannot be read any more."""
+    found = torch.full((len(rows), images.channels, size, size), 128, dtype=torch.uint8)
+    for place, row in enumerate(rows):
+        pixels, _ = next(data.batches(images, [row[None].numpy()], square=size))
+        if len(pixels):
+            found[place] = pixels[0]
+    return found

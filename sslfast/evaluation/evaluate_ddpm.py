@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslfast.evaluation import generative, plots, sampling
-from sslfast.evaluation.evaluate import extract, raw_pixels
-from sslfast.evaluation.linear import linear_probe
-from sslfast.evaluation.neighbours import knn_accuracy, nearest
+from sslfast.evaluation.evaluate import pictures
+from sslfast.evaluation.features import accuracies, centred, extract, have_labels, raw_pixels
+from sslfast.evaluation.neighbours import nearest
 from sslfast.evaluation.sheets import save_png, sheet
 from sslfast.ops import q_sample
 from sslfast.training import UserError, data
@@ -58,7 +58,10 @@ def main(args: list[str] | None = None) -> None:
 
 
 def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
-    """Print and return the figures of a run, and write them and three pictures into its folder."""
+    """Print and return the figures of a run, and write them and three pictures into its folder.
+
+    What cannot be measured for want of images or classes is left out.
+    """
     run = Path(options.run)
     config = sampling.load_config(run)
     check(options)
@@ -70,40 +73,40 @@ def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
     train, test = (load_images(config, split, options.data, options.data_dir) for split in ("train", "test"))
     results: dict[str, Any] = {"samples": options.samples, "steps": options.steps, "sampler": options.sampler}
 
-    function, results["features"] = features(options, config, train, test)
     size = config["size"]
     rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    known = generative.over_images(function, train, size, rows[:50_000])
-    print(
-        f"\n{options.samples:,} images each against {len(known):,} training images, by {results['features']}"
-        f"\n{'':18s}{'FID':>10s}{'KID':>10s}{'precision':>11s}{'recall':>10s}"
-    )
-
-    def judge(name: str, found: Tensor) -> None:
-        results[name] = generative.compare(known, found)
-        fid, kid, precision, recall = results[name].values()
-        print(f"{name:18s}{fid:10.2f}{kid:10.4f}{precision:11.3f}{recall:10.3f}", flush=True)
-
     unseen = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[: options.samples]
-    if len(unseen) >= 4:
-        judge("test images", generative.over_images(function, test, size, unseen))
     images = draw(options, config, "average", options.samples)
-    judge("average weights", generative.over_pixels(function, images))
-    judge("raw weights", generative.over_pixels(function, draw(options, config, "raw", options.samples)))
-    untrained = draw(options, config, "untrained", min(UNTRAINED, options.samples))
-    judge("untrained", generative.over_pixels(function, untrained))
+    if options.features == "classifier" and not generative.can_classify(train, test):
+        print(
+            f"{config['data']} has no test images in class folders, or one class alone: there is no classifier, and no "
+            "FID, but --features inception"
+        )
+    else:
+        function, results["features"] = features(options, config, train, test)
+        known, _ = generative.over_images(function, train, size, rows[:50_000])
+        print(f"\n{options.samples:,} images each against {len(known):,} training images, by {results['features']}")
+        judge = generative.judge_against(known, results, width=18)
+        judge("test images", generative.over_images(function, test, size, unseen)[0])
+        judge("average weights", generative.over_pixels(function, images))
+        judge("raw weights", generative.over_pixels(function, draw(options, config, "raw", options.samples)))
+        untrained = draw(options, config, "untrained", min(UNTRAINED, options.samples))
+        judge("untrained", generative.over_pixels(function, untrained))
 
     columns = len(config["classes"]) if config["conditional"] else 10
     save_png(sheet(images[: 10 * columns], columns), run / "samples.png")
-    results["nearest"] = neighbours(images, train, test, rows, unseen, size, run / "neighbours.png")
-    print(
-        "\nsimilarity to the nearest training image, median: "
-        + ", ".join(f"{name} {value:.3f}" for name, value in results["nearest"].items())
-    )
-    if not (train.labels < 0).all() and not (test.labels < 0).all():
+    drawn = [name for name in ("loss.png", "samples.png") if (run / name).exists()]
+    if nearby := neighbours(images, train, test, rows, unseen, size, run / "neighbours.png"):
+        results["nearest"] = nearby
+        drawn.append("neighbours.png")
+        print(
+            "\nsimilarity to the nearest training image, median: "
+            + ", ".join(f"{name} {value:.3f}" for name, value in nearby.items())
+        )
+    if have_labels(train, test):
         results["probe"] = probe(options, config, train, test)
     generative.write_results(run / "evaluation.json", results)
-    print(f"\npictures: {run}/loss.png, samples.png, neighbours.png")
+    print(f"\npictures: {run}/{', '.join(drawn)}")
     return results
 
 
@@ -123,7 +126,7 @@ def features_of_classifier(
     """Return the function, and what to call it, of a classifier's file, which is written where it is missing."""
     new = not path.exists()
     model, accuracy = generative.feature_classifier(path, train, test, size, device)
-    name = f"features of a classifier with {accuracy:.1f} % test accuracy"
+    name = f"features of a classifier with {generative.percent(accuracy)} test accuracy"
     print(f"{name} ({'trained and ' if new else ''}kept in {path})", flush=True)
     return generative.classifier_features(model, device), name
 
@@ -151,20 +154,21 @@ def neighbours(
 ) -> dict[str, float]:
     """Draw images beside the training images most like them, so that copies would show; return median similarities.
 
-    Similarity is the correlation of pixels: 1 for a copy. Test images tell what is usual.
+    Similarity is the correlation of pixels: 1 for a copy. Test images tell what is usual. Without training images that
+    can be read it draws nothing and returns {}.
     """
-    rows = rows[:20_000]
-    keys = generative.over_images(raw_pixels, train, size, rows)
+    keys, known = generative.over_images(raw_pixels, train, size, rows[:20_000])
+    if not len(known):
+        return {}
     mean = keys.mean(0)
     similarity, index = nearest(raw_pixels(images) - mean, keys - mean, min(8, len(keys)))
     medians = {"generated": similarity[:, 0].median().item()}
-    if len(unseen):
-        others = generative.over_images(raw_pixels, test, size, unseen)
+    others, _ = generative.over_images(raw_pixels, test, size, unseen)
+    if len(others):
         medians["test images"] = nearest(others - mean, keys - mean, 1)[0].median().item()
     shown = []
     for image, found in zip(images[:10], index[:10], strict=True):
-        closest = generative.over_images(lambda pixels: pixels, train, size, rows[found])
-        shown += [image[None], torch.full_like(image[None], 255), closest]
+        shown += [image[None], torch.full_like(image[None], 255), pictures(train, known[found], size)]
     save_png(sheet(torch.cat(shown), 2 + index.shape[1]), path)
     return medians
 
@@ -178,14 +182,8 @@ def probe(options: EvaluateDDPM, config: dict[str, Any], train: data.Images, tes
     }
     known, known_ids = extract(kinds, train, config["size"], config["workers"])
     unknown, unknown_ids = extract(kinds, test, config["size"], config["workers"])
-    results = {}
-    print(f"\n{'test accuracy, %':20s}{'kNN(10)':>10s}{'linear':>10s}")
-    for kind in kinds:
-        mean = known[kind].mean(0)
-        sets = (known[kind] - mean, train.labels[known_ids], unknown[kind] - mean, test.labels[unknown_ids])
-        results[kind] = {"knn10": knn_accuracy(*sets, ks=(10,))[10], "linear": linear_probe(*sets)}
-        print(f"{kind:20s}" + "".join(f"{value:10.1f}" for value in results[kind].values()), flush=True)
-    return results
+    centred(known, unknown)
+    return accuracies(kinds, (known, train.labels[known_ids]), (unknown, test.labels[unknown_ids]), ks=(10,))
 
 
 def unet_features(

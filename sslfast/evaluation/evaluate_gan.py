@@ -8,13 +8,10 @@ from typing import Annotated, Any
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
 
 from sslfast.evaluation import generative
-from sslfast.evaluation.evaluate import extract, raw_pixels
+from sslfast.evaluation.features import accuracies, centred, extract, raw_pixels
 from sslfast.evaluation.gan import features_of, generate, latents_of, load_config, load_networks
-from sslfast.evaluation.linear import linear_probe
-from sslfast.evaluation.neighbours import knn_accuracy
 from sslfast.evaluation.plots import gan_curves
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
 from sslfast.training.loop import load_images
@@ -61,26 +58,22 @@ def evaluate(options: EvaluateGAN) -> dict[str, Any]:
     if sheets:
         save_gif(sheets, run / "training.gif")
     train, test = (load_images(config, split, options.data, options.data_dir) for split in ("train", "test"))
-    if (train.labels < 0).all() or (test.labels < 0).all():
-        print(f"{config['data']} has no test images in class folders, by which a GAN could be judged")
+    if not generative.can_classify(train, test):
+        print(
+            f"{config['data']} has no test images in class folders, or one class alone: a GAN cannot be judged by them"
+        )
         return {}
 
     path = Path(options.classifier or run / "classifier.safetensors")
     classifier, accuracy = generative.feature_classifier(path, train, test, config["size"], options.device)
-    by = f"a classifier with {accuracy:.1f} % test accuracy, kept in {path}"
+    by = f"a classifier with {generative.percent(accuracy)} test accuracy, kept in {path}"
     print(f"{options.samples:,} images, by the features of {by}", flush=True)
     function = generative.classifier_features(classifier, options.device)
     results: dict[str, Any] = {"samples": options.samples, "features": by}
-    known = generative.over_images(function, train, config["size"], torch.arange(len(train)))
-    print(f"\n{'':24s}{'FID':>10s}{'KID':>10s}{'precision':>11s}{'recall':>10s}")
-
-    def judge(name: str, found: Tensor) -> None:
-        results[name] = generative.compare(known, found)
-        fid, kid, precision, recall = results[name].values()
-        print(f"{name:24s}{fid:10.3f}{kid:10.5f}{precision:11.3f}{recall:10.3f}", flush=True)
-
+    known, _ = generative.over_images(function, train, config["size"], torch.arange(len(train)))
+    judge = generative.judge_against(known, results, width=24)
     unseen = torch.arange(len(test))[: options.samples]
-    judge("test images", generative.over_images(function, test, config["size"], unseen))
+    judge("test images", generative.over_images(function, test, config["size"], unseen)[0])
     judge("generator", generative.over_pixels(function, images))
     noise = generate(untrained[0], latents, config["precision"])
     judge("untrained generator", generative.over_pixels(function, noise))
@@ -92,14 +85,10 @@ def evaluate(options: EvaluateGAN) -> dict[str, Any]:
     }
     known_features, known_ids = extract(kinds, train, config["size"], config["workers"])
     unknown_features, unknown_ids = extract(kinds, test, config["size"], config["workers"])
-    print(f"\n{'test accuracy, %':24s}{'kNN(10)':>10s}{'kNN(200)':>10s}{'linear':>10s}")
-    for kind in kinds:
-        mean = known_features[kind].mean(0)
-        known, unknown = known_features[kind] - mean, unknown_features[kind] - mean
-        sets = known, train.labels[known_ids], unknown, test.labels[unknown_ids]
-        knn = knn_accuracy(*sets)
-        results[f"features: {kind}"] = {"knn10": knn[10], "knn200": knn[200], "linear": linear_probe(*sets)}
-        print(f"{kind:24s}" + "".join(f"{value:10.1f}" for value in results[f"features: {kind}"].values()), flush=True)
+    centred(known_features, unknown_features)
+    labels, unknown_labels = train.labels[known_ids], test.labels[unknown_ids]
+    probed = accuracies(kinds, (known_features, labels), (unknown_features, unknown_labels))
+    results |= {f"features: {kind}": row for kind, row in probed.items()}
     generative.write_results(run / "evaluation.json", results)
     print(f"\npictures: {run}/loss.png, samples.png{', training.gif' if sheets else ''}")
     return results

@@ -10,7 +10,7 @@ import tyro
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sslfast.training import data, files
+from sslfast.training import UserError, data, datasets, decode, files
 from sslfast.training.options import Must, Pixels, Seed, Text, at_least, at_most, check
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment, SimCLRTransform
 
@@ -42,17 +42,25 @@ class Gallery:
     """Of the augmentation."""
     data_dir: Text = "~/.cache/sslfast"
     """Where known data sets are looked for and downloaded to."""
+    background: str = "white"
+    """Colour on which transparent images are laid: a name, '#808080' or 'rgb(128, 128, 128)'."""
+    max_pixels: int = decode.MAX_PIXELS
+    """Image files of more pixels count as files that cannot be decoded."""
+    max_unpacked: int = datasets.MAX_UNPACKED
+    """Bytes that a .gz file of MNIST's kind may unpack to."""
 
 
 def main(args: list[str] | None = None) -> None:
     """The command `sslfast augment-gallery`."""
     options = tyro.cli(Gallery, args=args, prog="sslfast augment-gallery")
     check(options)
-    found = data.load(options.data, "train", options.data_dir)
+    found = data.load_for(vars(options), "train")
     rows = np.linspace(0, len(found) - 1, min(options.images, len(found))).astype(int)
-    pixels, ids = next(data.batches(found, [rows]))
-    # Numbers of a recipe's normalisation are for three channels, and the picture wants [0, 1].
     recipe, size = RECIPES[options.recipe], options.size or found.size
+    pixels, ids = next(data.batches(found, [rows], size=size))
+    if not len(ids):
+        raise UserError(f"not one of {len(rows)} image files of {options.data} could be decoded")
+    # Numbers of a recipe's normalisation are for three channels, and the picture wants [0, 1].
     transform = recipe(size, mean=None, std=None, seed=options.seed, layout="CHW")
     draw_gallery(list(pixels), transform, Path(options.out), sample_ids=ids, epochs=options.epochs)
     print(f"{options.out}: {len(ids)} images, {options.epochs} pairs of views of each")

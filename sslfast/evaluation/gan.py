@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sslfast.evaluation.generative import over_images
+from sslfast.evaluation.features import over_images
 from sslfast.evaluation.linear import linear_probe
 from sslfast.evaluation.sheets import save_png, sheet, to_uint8
 from sslfast.gan import Discriminator, Generator, build_gan
@@ -98,7 +98,7 @@ def reporter(
     (run / "samples").mkdir(exist_ok=True)
     path, precision = run / "probes.json", config["precision"]
     latents = latents_of(range(SHEET**2), config["latent"])
-    test = data.load(config["data"], "test", config["data_dir"])
+    test = data.load_for(config, "test")
     probes: dict[str, float] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one begins anew
         probes.update(json.loads(path.read_text()))
@@ -117,12 +117,14 @@ def reporter(
             return
         discriminator.eval()
         function = features_of(discriminator, precision)
-        known, unknown = (
+        (known, known_ids), (unknown, unknown_ids) = (
             over_images(function, split, config["size"], rows, config["workers"])
             for split, rows in zip((train, test), chosen, strict=True)
         )
         discriminator.train()
-        labels = train.labels[chosen[0]], test.labels[chosen[1]]
+        labels = train.labels[known_ids], test.labels[unknown_ids]
+        if len(labels[0].unique()) < 2 or not len(unknown):
+            return
         probes[str(step)] = round(linear_probe(known, labels[0], unknown, labels[1], PROBE_L2), 3)
         files.write_atomically(path, json.dumps(probes, indent=1) + "\n")
 

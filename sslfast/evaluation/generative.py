@@ -7,6 +7,7 @@ Everything here takes features, (N, D) float tensors. They come from a small cla
 
 import itertools
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslfast.evaluation.features import Features, have_labels, over_images
 from sslfast.models import SmallEncoder
 from sslfast.training import UserError, data, failures, files, optimizers
-
-Features = Callable[[Tensor], Tensor]
-"""A function from uint8 images (n, C, H, W) to features (n, D)."""
 
 FEATURES = 128
 LEAST_STEPS = 150  # of the classifier's training, on small data
 KID_SUBSETS = 50
+LEAST_ROWS = 4  # of what is compared
 
 
 class Classifier(nn.Module):
@@ -49,10 +49,10 @@ def feature_classifier(
 ) -> tuple[Classifier, float]:
     """Return (classifier, test accuracy in percent), read from ``path`` or, the first time, trained and written there.
 
-    The file's metadata tell what data it was trained on. Raises UserError for data without labels and for a file of
-    other data.
+    The accuracy is NaN if no test image can be read. The file's metadata tell what data it was trained on. Raises
+    UserError for data without labels and for a file of other data.
     """
-    if (train.labels < 0).all() or (test.labels < 0).all():
+    if not can_classify(train, test):
         raise UserError("the classifier that judges images needs classes and test images: try --features inception")
     shape = {"channels": str(train.channels), "classes": str(len(train.classes)), "size": str(size)}
     model = Classifier(train.channels, len(train.classes))
@@ -74,13 +74,22 @@ def feature_classifier(
         _train(model, train, size, device, epochs)
     model.eval()
     rows = (test.labels >= 0).nonzero()[:, 0]
-    logits = over_images(lambda pixels: model(_normalised(pixels, device)).cpu(), test, size, rows)
-    accuracy = 100 * (logits.argmax(1) == test.labels[rows]).float().mean().item()
+    logits, ids = over_images(lambda pixels: model(_normalised(pixels, device)).cpu(), test, size, rows)
+    accuracy = 100 * (logits.argmax(1) == test.labels[ids]).float().mean().item() if len(ids) else math.nan
     facts = shape | {"accuracy": f"{accuracy:.2f}"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with files.replacing(path) as file:
         file.write(safetensors.torch.save(model.state_dict(), metadata=facts))
     return model, accuracy
+
+
+def percent(accuracy: float) -> str:
+    return "unknown" if math.isnan(accuracy) else f"{accuracy:.1f} %"
+
+
+def can_classify(train: data.Images, test: data.Images) -> bool:
+    """Return whether `feature_classifier` has something to learn: two classes, and test images with labels."""
+    return have_labels(train, test) and len(train.labels[train.labels >= 0].unique()) > 1
 
 
 def _train(model: Classifier, images: data.Images, size: int, device: str, epochs: int) -> None:
@@ -91,10 +100,13 @@ def _train(model: Classifier, images: data.Images, size: int, device: str, epoch
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     step = 0
     for epoch in itertools.count():
+        before = step
         order = rows[torch.from_numpy(data.epoch_order(len(rows), 0, epoch))]
         chosen = [part.numpy() for part in order.split(batch) if len(part) == batch]
         for pixels, ids in data.batches(images, chosen, square=size):
             assert isinstance(pixels, Tensor)
+            if len(ids) < 2:  # BatchNorm needs two
+                continue
             margin = max(1, size // 14)
             shifts = torch.randint(-margin, margin + 1, (2,)).tolist()
             views = _normalised(pixels, device).roll(shifts, dims=(2, 3))
@@ -105,6 +117,8 @@ def _train(model: Classifier, images: data.Images, size: int, device: str, epoch
             step += 1
             if step == steps:
                 return
+        if step == before:
+            raise UserError("the classifier that judges images needs two training images that can be read")
 
 
 def _normalised(pixels: Tensor, device: str) -> Tensor:
@@ -139,17 +153,6 @@ def inception_features(weights: Path, device: str = "cpu") -> Features:
 
 
 @torch.inference_mode()
-def over_images(function: Features, images: data.Images, size: int, rows: Tensor, workers: int = 0) -> Tensor:
-    """Return a function's results, (len(rows), …), on images of a data set by row number, 500 at a time."""
-    parts = [part.numpy() for part in rows.split(500)]
-    found = []
-    for pixels, _ in data.batches(images, parts, workers, square=size):
-        assert isinstance(pixels, Tensor)
-        found.append(function(pixels))
-    return torch.cat(found)
-
-
-@torch.inference_mode()
 def over_pixels(function: Features, pixels: Tensor) -> Tensor:
     """Return a function's results, (N, …), on images (N, C, H, W) uint8, 500 at a time."""
     return torch.cat([function(part) for part in pixels.split(500)])
@@ -164,7 +167,7 @@ def compare(real: Tensor, generated: Tensor) -> dict[str, float]:
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    if min(len(real), len(generated)) < 4 or real.shape[1:] != generated.shape[1:]:
+    if min(len(real), len(generated)) < LEAST_ROWS or real.shape[1:] != generated.shape[1:]:
         raise ValueError(f"expected at least 4 rows of one width each, got {real.shape} and {generated.shape}")
     ready = Ready(real.shape[1])
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -179,6 +182,24 @@ def compare(real: Tensor, generated: Tensor) -> dict[str, float]:
         some, others = (x[torch.randperm(len(x))[:5000]] for x in (real, generated))
     precision, recall = precision_recall(some, others)
     return value | {"precision": precision, "recall": recall}
+
+
+def judge_against(known: Tensor, results: dict, width: int) -> Callable[[str, Tensor], None]:
+    """Return a function (name, features) that compares features with ``known``, prints a row and adds it to results.
+
+    Fewer than 4 rows, of either, give no row, but a remark.
+    """
+    print(f"\n{'':{width}s}{'FID':>10s}{'KID':>10s}{'precision':>11s}{'recall':>10s}")
+
+    def judge(name: str, found: Tensor) -> None:
+        if min(len(known), len(found)) < LEAST_ROWS:
+            print(f"{name:{width}s}of {len(found)} images against {len(known)} nothing can be said")
+            return
+        results[name] = compare(known, found)
+        fid, kid, precision, recall = results[name].values()
+        print(f"{name:{width}s}{fid:10.3f}{kid:10.5f}{precision:11.3f}{recall:10.3f}", flush=True)
+
+    return judge
 
 
 class Ready(nn.Module):

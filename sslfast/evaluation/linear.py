@@ -41,10 +41,10 @@ def linear_probe(
     """Return the test accuracy in percent of logistic regression on features standardised by the training set.
 
     Unless ``l2`` is given, each representation is judged by the penalty that suits it: the best of ``L2`` on a fifth of
-    the training set (at most 10,000 samples), held out of fits on the rest.
+    the training set (at most 10,000 samples), held out of fits on the rest; of fewer than 5 samples, the middle one.
     """
     classes = int(train_labels.max()) + 1
-    deviation, mean = torch.std_mean(train, dim=0)
+    deviation, mean = torch.std_mean(train, dim=0, correction=min(1, len(train) - 1))
     deviation = torch.where(deviation > 0, deviation, 1.0)
     train, test = (train - mean) / deviation, (test - mean) / deviation
     solution = None
@@ -56,6 +56,8 @@ def linear_probe(
 
 def _choose_l2(features: Tensor, labels: Tensor, classes: int) -> tuple[float, tuple[Tensor, Tensor]]:
     """Walk from the strongest penalty to the weakest, each fit starting at the last, until the accuracy falls."""
+    if len(features) < 5:
+        return L2[len(L2) // 2], fit_logistic_regression(features, labels, classes, L2[len(L2) // 2])
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     held_out, fitted = order.split([min(10_000, len(order) // 5), len(order) - min(10_000, len(order) // 5)])
     known, known_labels = features[fitted], labels[fitted]

@@ -79,10 +79,15 @@ def probe_curves(runs: dict[str, list[dict[int, float]]], path: Path) -> None:
     _save(figure, path)
 
 
-def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> None:
-    """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64)."""
+def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Path, seed: int = 0) -> bool:
+    """Draw a 2-D t-SNE map (cosine distance) of features (N, D), one colour a class (labels (N,) int64).
+
+    Returns False, and draws nothing, where there is nothing to map: fewer than 4 points, or all at one place.
+    """
     from sklearn.manifold import TSNE
 
+    if len(features) < 4 or torch.equal(features, features[:1].expand_as(features)):
+        return False
     perplexity = min(30.0, (len(features) - 1) / 3)
     points = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed).fit_transform(features.numpy())
     shown = torch.unique(labels).tolist()
@@ -98,6 +103,7 @@ def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Pa
     axes.spines[:].set_visible(False)
     axes.margins(0.02)
     _save(figure, path)
+    return True
 
 
 def neighbour_sheet(

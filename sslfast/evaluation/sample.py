@@ -12,8 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sslfast.evaluation import sampling
+from sslfast.evaluation.features import over_images
 from sslfast.evaluation.sheets import save_gif, save_png, sheet
-from sslfast.training import UserError, checkpoint, data
+from sslfast.training import UserError, checkpoint
 from sslfast.training.loop import best_precision, load_images
 from sslfast.training.options import Count, NotNegative, Seed, UseOptions, at_least, at_most, check
 
@@ -145,10 +146,10 @@ def holes(config: dict[str, Any], options: Sample) -> tuple[Tensor, Tensor]:
     """Return n test images (n, C, H, W) uint8 and the mask (1, H, W) of what stays."""
     images = load_images(config, "test", options.data, options.data_dir)
     size, n = config["size"], options.n
-    pixels, _ = next(data.batches(images, [torch.arange(min(n, len(images))).numpy()], square=size))
-    if len(pixels) < n:
-        raise UserError(f"{config['data']} has {len(pixels)} test images to paint in, fewer than --n {n}")
-    assert isinstance(pixels, Tensor)
+    pixels, ids = over_images(lambda pixels: pixels, images, size, torch.arange(len(images))[: 2 * n])
+    if len(ids) < n:
+        raise UserError(f"{config['data']} has {len(ids)} test images to paint in, fewer than --n {n}")
+    pixels = pixels[:n]
     mask = torch.ones(1, size, size, dtype=torch.bool)
     half, quarter = size // 2, size // 4
     where = {

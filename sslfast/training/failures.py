@@ -8,13 +8,17 @@ _MEMORY = (
     "bad_alloc",
     "status_alloc_failed",
 )
-_LIMITS = ("too many open files", "shared memory", "no space left", "unable to write to file", "start new thread")
+_SHARED = ("file </torch_", "shared memory", "bus error")
+_LIMITS = ("too many open files", "start new thread")
 _DISK = ("pytorchstreamwriter", "inline_container", "unexpected pos")
 
 
 def line(error: BaseException) -> str:
     """Return what an error says, on one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    text = str(error).strip()
+    if "\nOriginal Traceback" in text:  # of a worker process
+        text = text.splitlines()[-1]
+    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def sentence(error: BaseException) -> str | None:
@@ -39,8 +43,13 @@ def sentence(error: BaseException) -> str | None:
         return f"there is not enough memory ({said}): try a smaller --batch-size"
     if any(word in text for word in _DISK):
         return f"a file could not be written; the disk may be full ({said})"
+    if any(word in text for word in _SHARED):
+        return f"/dev/shm, where workers leave images, is too small ({said}): try --workers 0 or a smaller --batch-size"
     if any(word in text for word in _LIMITS):
         return f"a limit of the machine is reached ({said}): try fewer --workers"
-    if "dataloader worker" in text:
-        return f"a process that reads images was killed, perhaps for want of memory: try fewer --workers ({said})"
+    if "dataloader worker (pid" in text:
+        return (
+            "a worker process that reads images was killed, perhaps for want of memory: try fewer --workers, a smaller "
+            f"--batch-size or --max-pixels ({said})"
+        )
     return None

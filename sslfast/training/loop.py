@@ -73,7 +73,9 @@ def start(config: Config, least: int = 1, file_size: int = 224) -> tuple[Config,
             settings = distributed.on_main(lambda: checkpoint.load_config(Path(config.resume)))
             images = load_images(settings, "train", config.data, config.data_dir)
         else:
-            images = data.load(config.data, "train", config.data_dir)
+            images = data.load_for(vars(config), "train")
+    if distributed.is_main():
+        print(images.found, flush=True)
     if config.batch_size > len(images):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(images)} images of {config.data}")
     size = config.size or (images.size if isinstance(images.source, Tensor) else file_size)
@@ -92,7 +94,7 @@ def load_images(settings: dict[str, Any], split: str, where: str = "", folder: s
     """
     name = where or settings["data"]
     try:
-        images = data.load(name, split, folder or settings["data_dir"])
+        images = data.load_for({**settings, "data": name, "data_dir": folder or settings["data_dir"]}, split)
     except UserError as error:
         raise UserError(f"{error}\nThe run was trained on {name}. Say --data where it lies now") from None
     found = identity(images) if split == "train" else {"channels": images.channels}
@@ -262,13 +264,12 @@ class Loop:
         if said and not isinstance(error, UserError):
             raise UserError(f"{self.folder} stopped after step {self.step}: {said}. {self.how_to_go_on()}") from error
 
-    def batches(
-        self, square: int | None = None, least: int = 1
-    ) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
+    def batches(self, square: int | None = None, least: int = 1) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
         """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part.
 
         Image files that cannot be decoded make a batch smaller. Losses need equally many images on all ranks, so each
-        gets as many as the rank with the fewest; a step with fewer than ``least`` is left out.
+        gets as many as the rank with the fewest; a step with fewer than ``least`` is counted, and nothing is trained in
+        it. Raises UserError when an epoch's steps in a row are such.
         """
         config, images = self.config, self.images
         while self.step < self.total_steps and not self.stopped:
@@ -276,34 +277,27 @@ class Loop:
             order = data.epoch_order(len(images), config.seed, epoch)[: self.steps_per_epoch * config.batch_size]
             rows = order.reshape(self.steps_per_epoch, config.batch_size)[self.step % self.steps_per_epoch :]
             own = rows[:, distributed.share(config.batch_size)]
-            decoded = data.batches(images, own, config.workers, square, config.corrupt)
-            if not isinstance(images.source, Tensor):
-                decoded = self._evened(decoded, own, least)
-            for pixels, ids in decoded:
-                yield epoch, pixels, ids
+            reading = data.batches(images, own, config.workers, square, config.corrupt, config.size)
+            self.cleanup.callback(reading.close)
+            for pixels, ids in reading:
+                if not isinstance(images.source, Tensor):
+                    fewest = distributed.smallest(len(ids))
+                    pixels, ids = pixels[:fewest], ids[:fewest]
+                if len(ids) < least:
+                    self._leave_out(len(ids), least)
+                else:
+                    self.skipped = 0
+                    yield epoch, pixels, ids
                 if self.stopped:
                     return
 
-    def _evened(self, decoded: Iterator, own: Any, least: int) -> Iterator[tuple[Tensor | list[Tensor], Tensor]]:
-        """Yield the batches that have ``least`` images on each rank, as many on each, and count the other steps."""
-        waiting = None
-        for chosen in own:
-            waiting = waiting or next(decoded, None)
-            mine = waiting if waiting and (not len(waiting[1]) or int(waiting[1][0]) in chosen) else None
-            if mine:
-                waiting = None
-            fewest = distributed.smallest(len(mine[1]) if mine else 0)
-            if mine and fewest >= least:
-                self.skipped = 0
-                yield mine[0][:fewest], mine[1][:fewest]
-                continue
-            self.skipped += 1
-            if self.skipped == self.steps_per_epoch:
-                raise UserError(f"not one batch of {self.skipped} had {least} images that could be decoded")
-            self.log.say(f"step {self.step + 1} is left out: it has {fewest} images that could be decoded")
-            self.end_step(0)
-            if self.stopped:
-                return
+    def _leave_out(self, found: int, least: int) -> None:
+        """Count a step of which only ``found`` images could be decoded."""
+        self.skipped += 1
+        if self.skipped == self.steps_per_epoch:
+            raise UserError(f"not one batch of {self.skipped} had {least} images that could be decoded")
+        self.log.say(f"step {self.step + 1} is left out: it has {found} images that could be decoded")
+        self.end_step(0)
 
     def end_step(self, samples: int, **values: float | Tensor) -> None:
         """Count a finished step of so many samples; log ``values``, save a checkpoint and stop where it is time to.

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from sslfast.models import EncoderName
-from sslfast.training import UserError
+from sslfast.training import UserError, datasets, decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +102,12 @@ class RunOptions:
     """Processes that decode image files; data sets in memory need none."""
     corrupt: Annotated[Literal["skip", "stop"], MAY_CHANGE] = "skip"
     """What to do when an image file cannot be decoded: name it and go on, or stop."""
+    background: str = "white"
+    """Colour on which transparent images are laid: a name, '#808080' or 'rgb(128, 128, 128)'."""
+    max_pixels: Annotated[int, at_least(1), at_most(2**40)] = decode.MAX_PIXELS
+    """Image files of more pixels count as files that cannot be decoded."""
+    max_unpacked: Annotated[int, at_least(1), at_most(2**50)] = datasets.MAX_UNPACKED
+    """Bytes that a .gz file of MNIST's kind may unpack to."""
     log_every: Annotated[Count, MAY_CHANGE] = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_seconds: Annotated[NotNegative, MAY_CHANGE] = 60.0
