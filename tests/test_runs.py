@@ -472,7 +472,7 @@ def test_missing_memory_is_a_sentence_with_the_last_good_checkpoint(tmp_path, mo
     monkeypatch.setattr(simclr, "NTXentLoss", NoMemory)
     run = tmp_path / "run"
     said = refused(["simclr", *TINY, *ENCODER, "--epochs", "1", "--run", run], capsys)
-    assert f"{run} stopped after step 2: there is not enough memory" in said
+    assert f"{run} stopped at step 2: there is not enough memory" in said
     assert f"The last good checkpoint is {run}/checkpoints/step-00000002" in said
     assert len(said.splitlines()) == 1
 
@@ -488,7 +488,7 @@ def test_a_killed_worker_is_a_sentence_with_the_last_good_checkpoint(pictures, t
     monkeypatch.setattr(data._Files, "__getitem__", killed)
     words = [*FILES, "--workers", "1", "--checkpoint-seconds", "0", "--run", tmp_path / "run"]
     said = refused(["simclr", "--data", pictures, *words], capsys)
-    assert re.search(r"run stopped after step \d: a process that reads images was killed", said)
+    assert re.search(r"run stopped at step \d: a worker process that reads images was killed", said)
     assert "checkpoint" in said
     assert len(said.splitlines()) == 1
 

@@ -262,7 +262,7 @@ class Loop:
             error = error or closing
         said = failures.sentence(error) if error is not None else None
         if said and not isinstance(error, UserError):
-            raise UserError(f"{self.folder} stopped after step {self.step}: {said}. {self.how_to_go_on()}") from error
+            raise UserError(f"{self.folder} stopped at step {self.step}: {said}. {self.how_to_go_on()}") from error
 
     def batches(self, square: int | None = None, least: int = 1) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
         """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part.
@@ -356,10 +356,7 @@ class Loop:
             return
         state = {name: part.state_dict() for name, part in self.state.items()}
         state |= {"step": self.step, "log_position": self.log.position(), "random": torch.get_rng_state()}
-        try:
-            checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-        except UserError as error:
-            raise UserError(f"{error}. {self.how_to_go_on()}") from error
+        checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
 
 
 def _new_folder(name: str) -> Path:
