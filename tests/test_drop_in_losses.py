@@ -1,6 +1,8 @@
 """The losses take what their originals take: compared live with the installed libraries, also by hypothesis."""
 
 import io
+import subprocess
+import sys
 
 import info_nce
 import lightly.loss
@@ -146,6 +148,22 @@ def test_gathering_needs_torch_distributed(kind, monkeypatch):
     kind()
     with pytest.raises(ValueError, match=r"gather_distributed: expected False where torch.distributed is not"):
         kind(gather_distributed=True)
+
+
+def test_losses_of_one_process_need_no_torch_distributed():
+    program = """if True:
+        import torch
+        import torch.distributed as dist
+        dist.is_available = lambda: False
+        for name in ("ProcessGroup", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_tensor", "isend"):
+            if hasattr(dist, name):
+                delattr(dist, name)
+        from sslfast.losses import DCLLoss, NTXentLoss
+        z = torch.randn(4, 3)
+        print(all(loss(z, z).isfinite() for loss in (NTXentLoss(), DCLLoss())))
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 def model(loss: nn.Module) -> nn.Module:

@@ -116,7 +116,7 @@ def check_temperature(temperature: float | Tensor) -> None:
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return  # its value is not at hand
         temperature = temperature.item()
-    if temperature == 0 or not 0 < abs(inverse(temperature)) < math.inf:
+    if temperature == 0 or not 0 < abs(float(1 / temperature)) < math.inf:
         raise ValueError(f"temperature: expected a positive number, or a negative one, got {temperature}")
 
 
