@@ -32,7 +32,7 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         own = cls.__mro__[: next(i for i, base in enumerate(cls.__mro__) if "_parts" in vars(base))]
-        cls._changed_parts = {name for base in own for name in cls._parts if name in vars(base)}
+        cls._changed_parts = frozenset(name for base in own for name in cls._parts if name in vars(base))
 
     def _check_parts(self) -> None:
         """Raise NotImplementedError where a subclass or a script has changed what `step` would leave out."""
