@@ -1,6 +1,7 @@
 """What the tests of the training methods share: reading a run's folder, comparing two, and running one to be killed."""
 
 import json
+import struct
 import subprocess
 import sys
 import time
@@ -28,6 +29,18 @@ def assert_same_results(run: Path, expected: Path):
     assert all(torch.equal(weights[name], wanted_weights[name]) for name in weights)
     for number, buffers in wanted_state["optimizer"]["state"].items():
         assert torch.equal(state["optimizer"]["state"][number]["momentum_buffer"], buffers["momentum_buffer"])
+
+
+def idx_folder(folder: Path, size: int, count: int = 20) -> Path:
+    """A data set of idx files, of two classes of square images."""
+    folder.mkdir()
+    for kind in ("train", "t10k"):
+        pixels = torch.arange(count * size * size).remainder(251).to(torch.uint8).numpy().tobytes()
+        header = b"\0\0\x08\x03" + struct.pack(">3I", count, size, size)
+        (folder / f"{kind}-images-idx3-ubyte").write_bytes(header + pixels)
+        labels = b"\0\0\x08\x01" + struct.pack(">I", count) + bytes(i % 2 for i in range(count))
+        (folder / f"{kind}-labels-idx1-ubyte").write_bytes(labels)
+    return folder
 
 
 def spawn(*args: str) -> subprocess.Popen:

@@ -77,7 +77,7 @@ def test_loading_executes_no_code(tmp_path):
     (state.parent / "sha256.txt").unlink()  # nor does it protect
     for write in (lambda: torch.save({"step": Bomb()}, state), lambda: state.write_bytes(pickle.dumps(Bomb()))):
         write()
-        with pytest.raises(UserError, match="no checkpoint of .* can be read"):
+        with pytest.raises(UserError, match=r"no checkpoint of .* can be read"):
             checkpoint.load(tmp_path)
         assert not (tmp_path / "exploded").exists()
 

@@ -36,7 +36,7 @@ def test_command_draws_a_data_set(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--images", "0"], "--images and --epochs must be at least 1"), (["--data", "/nowhere"], "no such directory")],
+    [(["--images", "0"], "--images must be at least 1, not 0"), (["--data", "/nowhere"], "no such directory")],
 )
 def test_mistakes_are_explained(arguments, message, capsys):
     assert main(["augment-gallery", *arguments]) == 1

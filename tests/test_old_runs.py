@@ -1,7 +1,7 @@
 """Runs that version 0.1 began go on, and are judged, as by version 0.1.
 
-tests/data has two: an epoch of four steps on digits, in float32, and the losses with which version 0.1 continued them to a
-second epoch. They are small: the encoder of SimCLR has 3 channels where others have 48.
+tests/data has two: an epoch of four steps on digits, in float32, and the losses with which version 0.1 continued them
+to a second epoch. They are small: the encoder of SimCLR has 3 channels where others have 48.
 """
 
 import json

@@ -55,13 +55,13 @@ def evaluate(
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
+    untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")
     if not have_labels(train, test):
         print(f"{config['data']} has no test images in class folders, by which features could be judged")
         return {}
 
-    untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     kinds = {
         "raw pixels": raw_pixels,
         "untrained encoder": encoder_features(untrained, device, config["precision"]),

@@ -66,6 +66,7 @@ def evaluate(options: EvaluateDDPM) -> dict[str, Any]:
     config = sampling.load_config(run)
     check(options)
     sampling.make_scheduler(config, options.sampler, options.steps)
+    sampling.load_unet(run)
     if options.probe_timestep >= config["timesteps"]:
         raise UserError(f"--probe-timestep must be below {config['timesteps']}, not {options.probe_timestep}")
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")

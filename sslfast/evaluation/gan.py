@@ -1,5 +1,6 @@
 """Networks of an `ssgan` run: loading them, drawing with them, and what is looked at while they train."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,9 @@ def reporter(
     path, precision = run / "probes.json", config["precision"]
     latents = latents_of(range(SHEET**2), config["latent"])
     test = data.load_for(config, "test")
+    probes: dict[str, float] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # a damaged one begins anew
+        probes.update(json.loads(path.read_text()))
     shuffle = torch.Generator().manual_seed(0)
     chosen = []
     for split, count in ((train, PROBE_TRAIN), (test, PROBE_TEST)):
@@ -121,7 +125,6 @@ def reporter(
         labels = train.labels[known_ids], test.labels[unknown_ids]
         if len(labels[0].unique()) < 2 or not len(unknown):
             return
-        probes = json.loads(path.read_text()) if path.exists() else {}
         probes[str(step)] = round(linear_probe(known, labels[0], unknown, labels[1], PROBE_L2), 3)
         files.write_atomically(path, json.dumps(probes, indent=1) + "\n")
 

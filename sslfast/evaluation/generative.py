@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sslfast.evaluation.features import Features, have_labels, over_images
 from sslfast.models import SmallEncoder
-from sslfast.training import UserError, data, files, optimizers
+from sslfast.training import UserError, data, failures, files, optimizers
 
 FEATURES = 128
 LEAST_STEPS = 150  # of the classifier's training, on small data
@@ -57,13 +57,17 @@ def feature_classifier(
     shape = {"channels": str(train.channels), "classes": str(len(train.classes)), "size": str(size)}
     model = Classifier(train.channels, len(train.classes))
     if path.exists():
-        with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata()
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
-        if {name: facts.get(name) for name in shape} != shape:
-            raise UserError(f"{path} is a classifier of other images ({facts}) than these ({shape})")
-        model.load_state_dict(weights)
-        return model.to(device).eval(), float(facts["accuracy"])
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dictionary
+            if {name: facts.get(name) for name in shape} != shape:
+                raise UserError(f"{path} is a classifier of other images ({facts}) than these ({shape})")
+            model.load_state_dict(weights)
+            return model.to(device).eval(), float(facts["accuracy"])
+        except (safetensors.SafetensorError, RuntimeError, ValueError, KeyError) as error:
+            reason = failures.line(error)
+            raise UserError(f"{path} is no classifier, or damaged: remove it, or name another ({reason})") from None
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Classifier(train.channels, len(train.classes)).to(device)

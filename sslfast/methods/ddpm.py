@@ -21,7 +21,7 @@ from sslfast.ops import diffusion_loss, q_sample
 from sslfast.schedulers import DDPMScheduler
 from sslfast.training import UserError, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, parse, rehearse, start
+from sslfast.training.loop import Loop, parse, rehearsal, start
 from sslfast.training.options import (
     MAY_CHANGE,
     Count,
@@ -124,7 +124,8 @@ def train(config: DDPM) -> Path | None:
     average = copy.deepcopy(unet).requires_grad_(False)
     blank = torch.zeros(1, *noise_shape(dataclasses.asdict(config) | facts), device=device)
     some = torch.zeros(1, dtype=torch.int64, device=device) if config.conditional else None
-    rehearse(config, images, unet, lambda _: unet(blank, 0, some))
+    with rehearsal(config, images, unet):
+        unet(blank, 0, some)
     wrapped = distributed.wrap(unet)
     forward = torch.compile(wrapped) if config.compile else wrapped
     schedule = DDPMScheduler(

@@ -25,7 +25,7 @@ from sslfast.models import build_encoder, projection_head
 from sslfast.ops.similarity_lse import similarity_lse
 from sslfast.training import UserError, data, distributed, optimizers
 from sslfast.training.average import update_average
-from sslfast.training.loop import Loop, parse, rehearse, start
+from sslfast.training.loop import Loop, parse, rehearsal, start
 from sslfast.training.options import MAY_CHANGE, EncoderOptions, Must, NotNegative, Share, at_least, at_most
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment
 
@@ -100,12 +100,13 @@ def train(config: MoCo) -> Path | None:
     key_model = InGroups(copy.deepcopy(backbone)).requires_grad_(False)
     queue = Queue(config.queue, config.head_features).to(device)
     saved = nn.ModuleDict(OrderedDict(encoder=encoder, head=head, predictor=predictor, key=key_model, queue=queue))
-    transform = build_transform(config, images.channels)
+    with rehearsal(config, images, model) as some:
+        transform = build_transform(config, images.channels)
+        model(transform(some)[0].to(device))
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
     pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]  # (the view of the queries, the view of the keys)
 
     top_rate = config.lr * config.batch_size / 256
-    rehearse(config, images, model, lambda pixels: model(transform(pixels)[0].to(device)))
 
     with Loop("moco", config, images, saved, {"optimizer": optimizer}) as loop:
         warmup_steps = round(config.warmup_epochs * loop.steps_per_epoch)

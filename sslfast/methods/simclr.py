@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sslfast.losses import NTXentLoss
 from sslfast.models import build_encoder, projection_head
 from sslfast.training import distributed, micro_batch, optimizers
-from sslfast.training.loop import Loop, parse, rehearse, start
+from sslfast.training.loop import Loop, parse, rehearsal, start
 from sslfast.training.options import (
     Depth,
     EncoderOptions,
@@ -78,21 +78,21 @@ def train(config: SimCLR) -> Path | None:
     model = nn.Sequential(OrderedDict(encoder=encoder, head=head)).to(device).to(memory_format=torch.channels_last)
     wrapped = distributed.wrap(model, config.sync_batchnorm)
     forward = torch.compile(wrapped) if config.compile else wrapped
-    transform = SimCLRTransform(
-        config.size,
-        strength=config.color,
-        blur_p=config.blur,
-        scale=(config.crop_scale, 1.0),
-        flip_p=config.flip,
-        mean=[0.5] * images.channels,
-        std=[0.5] * images.channels,
-        memory_format=torch.channels_last,
-        seed=config.seed,
-    )
+    with rehearsal(config, images, model) as some:
+        transform = SimCLRTransform(
+            config.size,
+            strength=config.color,
+            blur_p=config.blur,
+            scale=(config.crop_scale, 1.0),
+            flip_p=config.flip,
+            mean=[0.5] * images.channels,
+            std=[0.5] * images.channels,
+            memory_format=torch.channels_last,
+            seed=config.seed,
+        )
+        model(transform(some)[0].to(device))
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
-
-    rehearse(config, images, model, lambda pixels: model(transform(pixels)[0].to(device)))
 
     def encode(views: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -127,17 +127,18 @@ def _from_anywhere(path: str) -> str:
     return path if path in data.KNOWN or path.startswith("~") else os.path.abspath(path)
 
 
-def rehearse(config: RunOptions, images: data.Images, model: nn.Module, attempt: Callable[[Tensor], object]) -> None:
-    """Try augmentation and network, in evaluation mode, before anything is written.
+@contextlib.contextmanager
+def rehearsal(config: RunOptions, images: data.Images, model: nn.Module) -> Iterator[Tensor]:
+    """For a try of augmentation and network before anything is written, with the model in evaluation mode.
 
-    ``attempt`` puts uint8 images (2, C, H, W) through both: the first two of data in memory, or blank ones. What it
-    raises becomes a UserError: a size that this encoder cannot take, say.
+    Gives uint8 images (2, C, H, W) to put through both: the first two of data in memory, or blank ones. An error in the
+    block becomes a UserError: a size that this encoder cannot take, say.
     """
     blank = torch.zeros(2, images.channels, config.size, config.size, dtype=torch.uint8)
     model.eval()
     try:
         with torch.no_grad():
-            attempt(images.source[:2] if isinstance(images.source, Tensor) else blank)
+            yield images.source[:2] if isinstance(images.source, Tensor) else blank
     except (ValueError, RuntimeError) as error:
         wrong = f"--size {config.size} does not work with these options: {failures.line(error)}"
         raise UserError(failures.sentence(error) or wrong) from None
@@ -333,7 +334,7 @@ class Loop:
         """Return the sentence that names the last good checkpoint."""
         last = checkpoint.newest(self.folder)
         if last is None:
-            return f"{self.folder} has no checkpoint yet"
+            return f"{self.folder} has no checkpoint yet: sslfast {self.method} --resume {self.folder} begins again"
         return f"The last good checkpoint is {last}: sslfast {self.method} --resume {self.folder} goes on from there"
 
     def diverged(self, epoch: int, numbers: dict[str, float]) -> str:
