@@ -113,7 +113,7 @@ def _exchange(place: str, fast: Callable) -> Callable[[], None]:
         except Unsupported as reason:
             _say_once(f"{called} runs as before: {reason}")
         except Exception as error:  # whatever it is, the library's own code is the answer, or has the better error
-            _say_once(f"{called} runs as before: {error or type(error).__name__}")
+            _say_once(f"{called} runs as before: {str(error) or type(error).__name__}")
         return original(*args, **kwargs)
 
     setattr(owner, name, replacement)

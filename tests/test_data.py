@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.io import write_jpeg, write_png
 
 from sslfast.training import UserError, data, datasets
@@ -242,6 +243,72 @@ def test_square_crops_the_centre():
     pixels, _ = next(data.batches(data.Images(wide, torch.zeros(1), []), [np.array([0])], square=4))
     assert pixels.shape == (1, 1, 4, 4)
     assert pixels[..., 1:3].min() > 190
+
+
+@pytest.mark.parametrize("size", [(20_000, 2), (1, 65_000), (3, 1)], ids=str)
+def test_a_strip_is_cut_before_it_grows(tmp_path, monkeypatch, size):
+    """Of 20,000 × 2 pixels on 224, the whole strip would be 1.5 GB."""
+    from torchvision.transforms.v2 import functional
+
+    made = []
+
+    def resize(pixels, *args, **options):
+        made.append(functional_resize(pixels, *args, **options))
+        return made[-1]
+
+    functional_resize = functional.resize
+    monkeypatch.setattr(functional, "resize", resize)
+    Image.new("RGB", size, (9, 90, 200)).save(tmp_path / "line.png")
+    images = data.load(str(tmp_path), "train")
+    pixels, _ = next(data.batches(images, [np.array([0])], square=224))
+    assert pixels.shape == (1, 3, 224, 224)
+    assert [pixels[0, channel].unique().tolist() for channel in range(3)] == [[9], [90], [200]]
+    assert [image.numel() for image in made] == [3 * 224 * 224]
+
+
+def test_a_worker_sends_one_tensor(image_folder):
+    """Each takes a file handle. A batch of 512 files once waited for ever where a process may have 1024."""
+    images = data.load(str(image_folder), "train")
+    images.source[1].write_bytes(b"")
+    files = data._Files(images.source, images.background, images.max_pixels, None, 0)
+    rows, pixels = data._pack([files[row] for row in range(3)])
+    assert isinstance(pixels, torch.Tensor)
+    assert [row for row, _ in rows] == [0, 1, 2]
+    assert not any(isinstance(part, torch.Tensor) for row in rows for part in row)
+    unpacked = dict(data._unpack(rows, pixels))
+    assert unpacked[1] == "the file is empty"
+    assert all(torch.equal(unpacked[row], files[row][1]) for row in (0, 2))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_photographs_are_shrunk_for_small_views_only(tmp_path, workers):
+    Image.new("RGB", (2400, 1800), (9, 90, 200)).save(tmp_path / "a.png")
+    images = data.load(str(tmp_path), "train")
+    for size, expected in (
+        (None, (3, 1800, 2400)),
+        (32, (3, 900, 1200)),
+        (225, (3, 900, 1200)),
+        (226, (3, 1800, 2400)),
+    ):
+        pixels, _ = next(data.batches(images, [np.array([0])], workers, size=size))
+        assert pixels[0].shape == expected
+        assert pixels[0][:, 7, 7].tolist() == [9, 90, 200]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError(), ValueError("\n"), MemoryError(), RecursionError("deep"), SyntaxError("x\ny")]
+)
+def test_whatever_a_decoder_raises_only_skips_the_file(image_folder, monkeypatch, capsys, error):
+    def fail(path, *_):
+        if path.name == "1.jpg":
+            raise error
+        return torch.zeros(3, 4, 4, dtype=torch.uint8)
+
+    monkeypatch.setattr(data, "decode", fail)
+    images = data.load(str(image_folder), "train")
+    _, ids = next(data.batches(images, [np.arange(3)]))
+    assert ids.tolist() == [0, 2]
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_the_order_is_a_permutation_given_by_seed_and_epoch():

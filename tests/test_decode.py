@@ -10,6 +10,8 @@ from PIL import Image
 
 from sslfast.training import UserError, decode
 
+pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
+
 RANDOM = np.random.default_rng(0)
 H, W = 9, 14
 RGB = RANDOM.integers(0, 256, (H, W, 3), np.uint8)

@@ -320,7 +320,7 @@ BAD_CALLS = {
         "text_features: expected the shape of",
     ),
     "SupConLoss labels": (lambda: losses.SupConLoss()(Z, T[:3]), ValueError, r"labels: expected shape \(4,\)"),
-    "SupConLoss no labels": (lambda: losses.SupConLoss()(Z), TypeError, "labels: expected a tensor, got NoneType"),
+    "SupConLoss no labels": (lambda: losses.SupConLoss()(Z), ValueError, "labels: expected a tensor, or indices_tuple"),
     "SupConLoss ref": (lambda: losses.SupConLoss()(Z, T, None, Z[:3]), ValueError, r"labels: expected shape \(3,\)"),
     "SupConLoss 1-D": (lambda: losses.SupConLoss()(Z[0], T), ValueError, "embeddings: expected shape"),
     "SupConLoss pairs": (lambda: losses.SupConLoss()(Z, T, (T, T)), ValueError, "indices_tuple: expected 3 or 4"),

@@ -505,6 +505,39 @@ def test_a_learned_variance_needs_a_model_that_gives_one():
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_part_of_the_step_that_a_subclass_or_a_script_changes_is_not_ignored(name, monkeypatch):
+    """Our step does not call it, and says so; a patched one leaves it to diffusers."""
+    part = "convert_model_output" if name == DPM else "_get_variance"
+    x = noise(1, 3, 4, 4)
+
+    def changed(self, *args, **kwargs):
+        return torch.tensor(0.5) * torch.ones(1, 3, 4, 4)
+
+    class Subclass(getattr(schedulers, name)):
+        pass
+
+    Changed = type("Changed", (Subclass,), {part: changed})
+    instance = Subclass()
+    setattr(instance, part, changed)
+    for scheduler in (Changed(), instance):
+        scheduler.set_timesteps(10)
+        with pytest.raises(NotImplementedError, match=f"step: ours does not call {part}"):
+            scheduler.step(x, scheduler.timesteps[0], x)
+    usual = Subclass()
+    usual.set_timesteps(10)
+    usual.step(x, usual.timesteps[0], x)
+
+    def run():
+        scheduler = getattr(diffusers, name)()
+        scheduler.set_timesteps(10)
+        return scheduler.step(x, scheduler.timesteps[0], x, generator=torch.Generator()).prev_sample
+
+    monkeypatch.setattr(getattr(diffusers, name), part, changed)
+    found, expected = patched_and_not(run)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_tables_do_not_grow(name):
     scheduler, x = getattr(schedulers, name)(), noise(1, 3, 4, 4)
     for steps in range(2, 12):

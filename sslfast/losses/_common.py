@@ -112,14 +112,16 @@ def add_rows(like: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 def check_temperature(temperature: float | Tensor) -> None:
     """A number by which similarities can be divided; as in the libraries, it may be negative, or a tensor."""
     check_scalar("temperature", temperature)
-    if isinstance(temperature, Tensor) and (temperature.device.type != "cpu" or torch.compiler.is_compiling()):
-        return  # its value is not at hand
-    if temperature == 0 or not 0 < abs(float(inverse(temperature))) < math.inf:
+    if isinstance(temperature, Tensor):
+        if temperature.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # its value is not at hand
+        temperature = temperature.item()
+    if temperature == 0 or not 0 < abs(float(1 / temperature)) < math.inf:
         raise ValueError(f"temperature: expected a positive number, or a negative one, got {temperature}")
 
 
 def inverse(temperature: float | Tensor) -> float | Tensor:
-    return 1 / temperature if isinstance(temperature, Tensor) else 1 / float(temperature)
+    return 1 / temperature if isinstance(temperature, Tensor) else float(1 / temperature)
 
 
 def as_scalar(name: str, value: float | Tensor | None) -> float | Tensor:

@@ -66,7 +66,7 @@ class InfoNCE(nn.Module):
         else:
             with torch.autocast(query.device.type, enabled=False):
                 logits = torch.bmm(negatives[0], queries[:, :, None])[:, :, 0]
-            others = by_blocks(lambda block: block.logsumexp(1), (scale * logits).double())
+            others = by_blocks(lambda block: (scale * block).double().logsumexp(1), logits)
         losses = losses_of(others, scale, row_dots(queries, positives))
         return reduce(losses, self.reduction).to(queries.dtype)
 

@@ -26,6 +26,19 @@ class Scheduler(SchedulerMixin, ConfigMixin):
     order = 1
     timesteps: Tensor
     num_inference_steps: int | None
+    _parts: frozenset[str]  # methods that diffusers' step is made of, and that ours does not call
+    _changed_parts: frozenset[str]
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__mro__[: next(i for i, base in enumerate(cls.__mro__) if "_parts" in vars(base))]
+        cls._changed_parts = frozenset(name for base in own for name in cls._parts if name in vars(base))
+
+    def _check_parts(self) -> None:
+        """Raise NotImplementedError where a subclass or a script has changed what `step` would leave out."""
+        if self._changed_parts or not vars(self).keys().isdisjoint(self._parts):
+            changed = ", ".join(sorted(self._changed_parts.union(self._parts & vars(self).keys())))
+            raise NotImplementedError(f"step: ours does not call {changed}, which was changed; override step, too")
 
     # ------------------------------------------------------------------------------------------ configuration
 

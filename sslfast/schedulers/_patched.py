@@ -13,10 +13,10 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 from torch import Tensor
 
-from sslfast import schedulers
+from sslfast.schedulers import ddim, ddpm
 from sslfast.schedulers._fused import number_of
 
-_METHODS = {"previous_timestep", "_get_variance", "_threshold_sample"}
+PARTS = {"previous_timestep", "_get_variance", "_threshold_sample"}  # of diffusers' steps
 
 
 def ddpm_step(scheduler, model_output: Tensor, timestep, sample: Tensor, generator=None, return_dict: bool = True):
@@ -27,7 +27,7 @@ def ddpm_step(scheduler, model_output: Tensor, timestep, sample: Tensor, generat
     t = _check(scheduler, model_output, timestep, sample)
 
     def step():
-        return schedulers.DDPMScheduler.step(scheduler, model_output, t, sample, generator, return_dict=False)
+        return ddpm.step(scheduler, model_output, t, sample, generator, None)
 
     found = _with_generators_kept(step, generator, model_output.device)
     return DDPMSchedulerOutput(*found) if return_dict else found
@@ -45,10 +45,10 @@ def ddim_step(
     return_dict: bool = True,
 ):
     t = _check(scheduler, model_output, timestep, sample)
-    options = eta, use_clipped_model_output, generator, variance_noise, False
+    options = eta, use_clipped_model_output, generator, variance_noise, None
 
     def step():
-        return schedulers.DDIMScheduler.step(scheduler, model_output, t, sample, *options)
+        return ddim.step(scheduler, model_output, t, sample, *options)
 
     found = _with_generators_kept(step, generator, model_output.device) if eta > 0 else step()
     return DDIMSchedulerOutput(*found) if return_dict else found
@@ -56,8 +56,12 @@ def ddim_step(
 
 def _check(scheduler, model_output: Tensor, timestep, sample: Tensor) -> int:
     """The timestep, if a step of ours can take it."""
-    if not _METHODS.isdisjoint(vars(scheduler)):
-        raise NotImplementedError("a scheduler with a method of its own")
+    kind = type(scheduler)
+    parts = (getattr(kind, name, None) for name in PARTS)
+    if not PARTS.isdisjoint(vars(scheduler)) or not all(
+        part is None or part.__module__.startswith("diffusers.") for part in parts
+    ):
+        raise NotImplementedError("a scheduler whose methods were changed")
     if scheduler.alphas_cumprod.dtype != torch.float32:
         raise NotImplementedError(f"alphas_cumprod: expected float32, got {scheduler.alphas_cumprod.dtype}")
     if model_output.dtype != sample.dtype:

@@ -19,6 +19,8 @@ class DDIMScheduler(Scheduler):
     Source: Song et al., "Denoising Diffusion Implicit Models", arXiv 2010.02502; diffusers.
     """
 
+    _parts = frozenset({"_get_variance", "_threshold_sample"})
+
     @register_to_config
     def __init__(
         self,
@@ -72,25 +74,9 @@ class DDIMScheduler(Scheduler):
             variance_noise: the noise itself.
             seeds: (samples,) int64: noise that depends on a sample's seed and the timestep alone.
         """
-        if self.num_inference_steps is None:
-            raise ValueError("num_inference_steps: call set_timesteps before step")
-        if eta > 0 and variance_noise is not None and generator is not None:
-            raise ValueError("variance_noise: expected variance_noise or generator, got both")
-        model, x = inputs_of(model_output, sample)
-        noise = variance_noise if eta > 0 and seeds is None else None
-        if noise is not None:
-            model, x, noise = alike("model_output, sample, variance_noise", model, x, noise)
-        t = number_of(timestep, self.timesteps)
-        row = row_of(*_table(self, x.device, float(eta), bool(use_clipped_model_output)), t, timestep, len(x))
-        if noise is None and eta > 0 and seeds is None:
-            noise = randn(model_output.shape, generator, x.device, model_output.dtype)
-        config = self.config
-        clip = config.clip_sample_range if config.clip_sample else None
-        previous, x0 = fused(config, model, x, row, clip=clip, noise=noise, seeds=seeds if eta > 0 else None)
-        if config.prediction_type == "sample":
-            x0 = x0.to(model_output.dtype)
-        elif variance_noise is not None:
-            x0 = x0.to(torch.promote_types(model_output.dtype, sample.dtype))
+        self._check_parts()
+        options = eta, use_clipped_model_output, generator, variance_noise, seeds
+        previous, x0 = step(self, model_output, timestep, sample, *options)
         return Output(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     def _get_variance(self, timestep: int, prev_timestep: int) -> Tensor:
@@ -98,6 +84,40 @@ class DDIMScheduler(Scheduler):
         alpha_t = self.alphas_cumprod[timestep]
         alpha_s = self.alphas_cumprod[prev_timestep] if prev_timestep >= 0 else self.final_alpha_cumprod
         return (1 - alpha_s) / (1 - alpha_t) * (1 - alpha_t / alpha_s)
+
+
+def step(
+    scheduler,
+    model_output: Tensor,
+    timestep,
+    sample: Tensor,
+    eta: float,
+    use_clipped_model_output: bool,
+    generator,
+    variance_noise: Tensor | None,
+    seeds: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """DDIMScheduler.step of a scheduler, ours or diffusers'."""
+    if scheduler.num_inference_steps is None:
+        raise ValueError("num_inference_steps: call set_timesteps before step")
+    if eta > 0 and variance_noise is not None and generator is not None:
+        raise ValueError("variance_noise: expected variance_noise or generator, got both")
+    model, x = inputs_of(model_output, sample)
+    noise = variance_noise if eta > 0 and seeds is None else None
+    if noise is not None:
+        model, x, noise = alike("model_output, sample, variance_noise", model, x, noise)
+    t = number_of(timestep, scheduler.timesteps)
+    row = row_of(*_table(scheduler, x.device, float(eta), bool(use_clipped_model_output)), t, timestep, len(x))
+    if noise is None and eta > 0 and seeds is None:
+        noise = randn(model_output.shape, generator, x.device, model_output.dtype)
+    config = scheduler.config
+    clip = config.clip_sample_range if config.clip_sample else None
+    previous, x0 = fused(config, model, x, row, clip=clip, noise=noise, seeds=seeds if eta > 0 else None)
+    if config.prediction_type == "sample":
+        x0 = x0.to(model_output.dtype)
+    elif variance_noise is not None:
+        x0 = x0.to(torch.promote_types(model_output.dtype, sample.dtype))
+    return previous, x0
 
 
 def _table(scheduler, device: torch.device, eta: float, use_clipped_model_output: bool) -> tuple[Tensor, np.ndarray]:

@@ -25,6 +25,8 @@ class DDPMScheduler(Scheduler):
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239; diffusers.
     """
 
+    _parts = frozenset({"previous_timestep", "_get_variance", "_threshold_sample"})
+
     @register_to_config
     def __init__(
         self,
@@ -92,36 +94,8 @@ class DDPMScheduler(Scheduler):
             generator: one, or a list of one a sample: torch.randn's noise, as diffusers'.
             seeds: (samples,) int64: noise that depends on a sample's seed and the timestep alone.
         """
-        config, kind = self.config, self.variance_type
-        t = number_of(timestep, self.timesteps, wait=seeds is None)
-        mean, learned = model_output, False
-        if kind in LEARNED:
-            mean = model_output[:, : sample.shape[1]]
-            learned = model_output.shape[1] == 2 * sample.shape[1]
-            if not learned and t != 0:
-                raise ValueError(
-                    f"model_output: expected twice the channels of sample, {tuple(sample.shape)}, for "
-                    f"variance_type={kind!r}, got {tuple(model_output.shape)}"
-                )
-        model, x = inputs_of(mean, sample)
-        if learned:
-            model = model_output.to(x.dtype).expand(x.shape[0], 2 * x.shape[1], *x.shape[2:])
-        row = row_of(*_table(self, x.device), t, timestep, len(x))
-        noise = None
-        if seeds is None and t != 0:
-            noise = randn(mean.shape, generator, x.device, mean.dtype)
-        previous, x0 = fused(
-            config,
-            model,
-            x,
-            row,
-            clip=config.clip_sample_range if config.clip_sample else None,
-            noise=noise,
-            seeds=seeds,
-            variance=kind if learned else "fixed",
-        )
-        if config.prediction_type == "sample":
-            x0 = x0.to(mean.dtype)
+        self._check_parts()
+        previous, x0 = step(self, model_output, timestep, sample, generator, seeds)
         return Output(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     def _get_variance(self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None):
@@ -140,6 +114,41 @@ class DDPMScheduler(Scheduler):
             return share * beta.log() + (1 - share) * posterior.log()
         values = {"fixed_small_log": posterior.sqrt(), "fixed_large": beta, "fixed_large_log": beta.log()}
         return values.get(kind, posterior)
+
+
+def step(scheduler, model_output: Tensor, timestep, sample: Tensor, generator, seeds) -> tuple[Tensor, Tensor]:
+    """DDPMScheduler.step of a scheduler, ours or diffusers'."""
+    config, kind = scheduler.config, scheduler.variance_type
+    t = number_of(timestep, scheduler.timesteps, wait=seeds is None)
+    mean, learned = model_output, False
+    if kind in LEARNED:
+        mean = model_output[:, : sample.shape[1]]
+        learned = model_output.shape[1] == 2 * sample.shape[1]
+        if not learned and t != 0:
+            raise ValueError(
+                f"model_output: expected twice the channels of sample, {tuple(sample.shape)}, for "
+                f"variance_type={kind!r}, got {tuple(model_output.shape)}"
+            )
+    model, x = inputs_of(mean, sample)
+    if learned:
+        model = model_output.to(x.dtype).expand(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    row = row_of(*_table(scheduler, x.device), t, timestep, len(x))
+    noise = None
+    if seeds is None and t != 0:
+        noise = randn(mean.shape, generator, x.device, mean.dtype)
+    previous, x0 = fused(
+        config,
+        model,
+        x,
+        row,
+        clip=config.clip_sample_range if config.clip_sample else None,
+        noise=noise,
+        seeds=seeds,
+        variance=kind if learned else "fixed",
+    )
+    if config.prediction_type == "sample":
+        x0 = x0.to(mean.dtype)
+    return previous, x0
 
 
 def _table(scheduler, device: torch.device) -> tuple[Tensor, np.ndarray]:

@@ -23,6 +23,17 @@ class DPMSolverMultistepScheduler(Scheduler):
     2211.01095; diffusers.
     """
 
+    _parts = frozenset(
+        {
+            "convert_model_output",
+            "dpm_solver_first_order_update",
+            "multistep_dpm_solver_second_order_update",
+            "multistep_dpm_solver_third_order_update",
+            "_sigma_to_alpha_sigma_t",
+            "_threshold_sample",
+        }
+    )
+
     @register_to_config
     def __init__(
         self,
@@ -163,6 +174,7 @@ class DPMSolverMultistepScheduler(Scheduler):
         """
         if self.num_inference_steps is None:
             raise ValueError("num_inference_steps: call set_timesteps before step")
+        self._check_parts()
         if self._step_index is None:
             self._init_step_index(timestep)
         config, order = self.config, self._order()
