@@ -287,6 +287,16 @@ FILES = ["--batch-size", "4", "--size", "16", "--workers", "0", "--device", "cpu
 FILES += ["--log-every", "1", "--no-evaluate", *ENCODER]
 
 
+def test_what_a_kill_has_left_half_written_is_swept_up(run):
+    (run / "samples").mkdir()
+    litter = [run / "config.json.unfinished", run / "samples/step-00000004.png.0a1b2c3d.unfinished"]
+    for path in litter:
+        path.write_text("half")
+    assert main(["simclr", "--resume", str(run)]) == 0
+    assert not any(path.exists() for path in litter)
+    assert checkpoint.load(run)[1]["step"] == STEPS
+
+
 def test_data_may_lie_elsewhere_now(pictures, tmp_path, monkeypatch, capsys):
     """Begun with a path that means nothing from another folder; then all of it moves to another machine."""
     shutil.copytree(pictures, tmp_path / "data/set")

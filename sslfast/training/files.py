@@ -40,6 +40,13 @@ def write_atomically(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written in a run's folder; for its owner."""
+    for path in folder.rglob("*.unfinished"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def flush_to_disk(path: Path) -> None:
     """Make sure that a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

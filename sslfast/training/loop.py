@@ -203,6 +203,7 @@ class Loop:
             folder = Path(config.resume)
             files.refuse_links(folder)
             stack.enter_context(files.owned(folder))
+            files.sweep(folder)
             return folder
         folder = Path(config.run) if config.run else _new_folder(f"{self.method}-{Path(config.data).name}")
         folder.mkdir(parents=True, exist_ok=True)
