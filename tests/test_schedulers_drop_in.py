@@ -222,13 +222,15 @@ def test_shapes_broadcast_as_in_diffusers(name):
             assert_same(ours.add_noise(x, e, times), theirs.add_noise(x, e, times))
         if name != DPM:
             assert_same(ours.get_velocity(x, e, times), theirs.get_velocity(x, e, times))
-    for y, x in ((one, four), (four, one)):
-        found = []
-        for scheduler in (ours, theirs):
-            if name == DPM:
+    for prediction_type in ("epsilon", "sample"):
+        theirs, ours = theirs_and_ours(name, prediction_type=prediction_type)
+        for y, x in ((one, four), (four, one)):
+            found = []
+            for scheduler in (ours, theirs):
                 scheduler.set_timesteps(10)
-            found.append(scheduler.step(y, t[0], x, generator=torch.Generator().manual_seed(0)).prev_sample)
-        assert_same(*found)
+                found.append(scheduler.step(y, t[0], x, generator=torch.Generator().manual_seed(0)).to_tuple())
+            for a, b in zip(*found, strict=True):
+                assert_same(a, b)
     with pytest.raises(ValueError, match="expected shapes that broadcast, got"):
         ours.step(noise(3, 3, 4, 4), t[0], four)
 
