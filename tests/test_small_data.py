@@ -236,9 +236,10 @@ def test_stopped_between_steps_without_images_a_run_ends_the_same(tmp_path, monk
             os.kill(os.getpid(), signal.SIGINT)
         end_step(self, *args, **values)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+    with monkeypatch.context() as patch:
         patch.setattr(loop.Loop, "end_step", end_step_and_signal)
-        main([*words, "--run", str(tmp_path / "stopped")])
+        with pytest.raises(SystemExit):
+            main([*words, "--run", str(tmp_path / "stopped")])
     assert checkpoint.load(tmp_path / "stopped")[1]["step"] == stop
     assert main(["simclr", "--resume", str(tmp_path / "stopped")]) == 0
     assert_same_results(tmp_path / "stopped", tmp_path / "whole")
