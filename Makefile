@@ -75,7 +75,7 @@ test-sanitize: $(READY)
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -p no:cacheprovider --capture=sys -m "not slow and not emulated" $(ARGS) $(notdir $(wildcard $(patsubst \
-		csrc/ops/%.h,tests/test_%.py,$(wildcard csrc/ops/*.h))))
+		csrc/ops/%.h,tests/test_%.py,$(wildcard csrc/ops/*.h)))) test_threads.py test_odd_tensors.py test_fuzz.py
 
 clean:
 	rm -rf .venv build dist *.egg-info sslfast/_C*.so sslfast/_built_for.py

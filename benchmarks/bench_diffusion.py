@@ -73,9 +73,11 @@ def loss(library, size: int) -> tuple[Callable[[], object], int]:
 
 SEEDS = torch.arange(SAMPLES)
 CASES = {
-    "DDPM step": lambda lib, size: sampler(lib, "DDPMScheduler", size, **seeds_of(lib)),
+    "DDPM step, seeds=": lambda lib, size: sampler(lib, "DDPMScheduler", size, **seeds_of(lib)),
+    "DDPM step, torch's numbers": lambda lib, size: sampler(lib, "DDPMScheduler", size),
     "DDIM step": lambda lib, size: sampler(lib, "DDIMScheduler", size),
-    "DDIM step, η = 1": lambda lib, size: sampler(lib, "DDIMScheduler", size, eta=1.0, **seeds_of(lib)),
+    "DDIM step, η = 1, seeds=": lambda lib, size: sampler(lib, "DDIMScheduler", size, eta=1.0, **seeds_of(lib)),
+    "DDIM step, η = 1, torch's numbers": lambda lib, size: sampler(lib, "DDIMScheduler", size, eta=1.0),
     "DPM-Solver++ step": dpm_solver,
     "q_sample": noising,
     "min-SNR loss": loss,

@@ -169,7 +169,7 @@ def diffusion_cases(size: int, device: str) -> dict[str, dict[str, Callable]]:
         return torch.autograd.grad(loss(prediction, target), prediction)
 
     return {
-        "DDPM step": steps,
+        "DDPM step, seeds=": steps,
         "q_sample": {
             "sslfast": partial(ops.q_sample, x, t, alphas),
             "diffusers": lambda: add_noise(x, torch.randn_like(x), t),

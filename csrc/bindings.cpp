@@ -1,5 +1,8 @@
 // The one pybind11 file: every C++ function that Python sees, a line each. The ops are wrapped in sslfast/ops/<op>.py.
 #include <build_info.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
 #include <torch/extension.h>
 
 #include "csrc/common/cpu_dispatch.h"
@@ -26,6 +29,26 @@ pybind11::dict build_info() {
   return info;
 }
 
+/// Which way a call with these arguments takes; sslfast/ops/_route.py explains them.
+enum Route { kKernel, kDispatcher, kReference, kTransform };
+
+bool has_own_memory(const at::Tensor& t) {
+  return t.has_storage() && !t.is_neg() && !t._is_zerotensor() && !t.is_nested() && t.layout() == at::kStrided;
+}
+
+Route route(const pybind11::args& arguments) {
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode)) return kTransform;
+  Route found =
+      c10::impl::TorchDispatchModeTLS::stack_len() > 0 || torch::jit::tracer::isTracing() ? kDispatcher : kKernel;
+  for (const auto& argument : arguments) {
+    if (!THPVariable_Check(argument.ptr())) continue;
+    const at::Tensor& t = THPVariable_Unpack(argument.ptr());
+    if (t._fw_grad(/*level=*/0).defined()) return kReference;
+    if (!THPVariable_CheckExact(argument.ptr()) || !has_own_memory(t)) found = kDispatcher;
+  }
+  return found;
+}
+
 /// TORCH_CHECK_VALUE and TORCH_CHECK_TYPE become ValueError and TypeError; before torch 2.14 nobody else does that
 /// here.
 void translate_torch_errors(std::exception_ptr error) {
@@ -50,6 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_cpu_capabilities", &available_cpu_capabilities);
   m.def("augment_draw",               &augment_draw);
   m.def("augment_forward",            &augment_forward);
+  m.def("route",                      [](const pybind11::args& arguments) { return static_cast<int>(route(arguments)); });
   m.def("philox4x32",                 &philox4x32_words);
   m.def("diffusion_step",             &diffusion_step);
   m.def("diffusion_q_sample",         &diffusion_q_sample);

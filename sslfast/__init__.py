@@ -1,5 +1,7 @@
 """sslfast: fused kernels and training loops for self-supervised learning in PyTorch."""
 
+import importlib
+
 import torch
 
 __version__ = "0.1.0"
@@ -17,7 +19,7 @@ def _load_extension() -> None:
     if built != found:
         raise ImportError(f"sslfast was built for torch {built}, and torch {found} is installed: {advice}.")
     try:
-        import sslfast._C  # noqa: F401
+        importlib.import_module("sslfast._C")
     except ImportError as error:
         raise ImportError(f"sslfast's extension module does not load ({error}): {advice}.") from error
 
@@ -25,3 +27,11 @@ def _load_extension() -> None:
 _load_extension()
 
 from sslfast.patch import patch as patch  # noqa: E402
+
+
+def __getattr__(name: str):
+    if name == "schedulers":  # not before it is needed: where diffusers is installed, it imports diffusers
+        import importlib
+
+        return importlib.import_module("sslfast.schedulers")
+    raise AttributeError(f"module 'sslfast' has no attribute {name!r}")

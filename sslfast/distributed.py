@@ -9,6 +9,7 @@ instead of hanging. Without a process group, or with one rank, all functions her
 """
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,15 @@ from torch import Tensor
 from sslfast import ops
 from sslfast.ops.info_nce import check_views
 
-Group = dist.ProcessGroup | None
-"""A process group; None is the default one."""
+if TYPE_CHECKING or dist.is_available():
+    Group = dist.ProcessGroup | None
+    """A process group; None is the default one."""
 
-# The names before and after torch 2.14.
-_all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    # The names before and after torch 2.14.
+    _all_gather: Callable = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    _reduce_scatter: Callable = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+else:  # torch can be built without torch.distributed: one process needs none of it
+    Group = None
 
 
 def rank(group: Group = None) -> int:

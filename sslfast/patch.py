@@ -9,7 +9,6 @@ import functools
 import importlib
 import logging
 import pkgutil
-import weakref
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslfast import distributed, losses, schedulers
+from sslfast import distributed, losses
+from sslfast.losses._common import within_autocast
+from sslfast.losses.supcon import check_defaults
 
 log = logging.getLogger("sslfast")
 
@@ -32,8 +33,9 @@ def patch(library: str) -> "Patch":
     >>> import lightly, sslfast
     >>> sslfast.patch("lightly")  # from here on lightly.loss.NTXentLoss is fast, wherever it is used
 
-    Results are the library's own, up to rounding. What our kernels do not support runs as before, after one sentence
-    in the log "sslfast" that says why. So does a subclass that changes more than its constructor and `forward`.
+    Results are the library's own, up to rounding, and have its dtypes. What our kernels do not support runs as before,
+    after one sentence in the log "sslfast" that says why. So does a subclass that changes more than its constructor and
+    `forward`. What is an error in ours alone is never one of yours.
     Patching twice is patching once, and the last undo counts.
 
     Args:
@@ -103,13 +105,15 @@ def _exchange(place: str, fast: Callable) -> Callable[[], None]:
     @functools.wraps(original)
     def replacement(*args, **kwargs):
         try:
-            if isinstance(owner, type) and not _computes_like(type(args[0]), owner, name):
-                raise Unsupported("a subclass that changes how it computes")
+            if isinstance(owner, type):
+                _check_unchanged(args[0], owner, name)
             return fast(*args, **kwargs)
         except distributed.UnevenError:
             raise  # on all ranks: a rank that went on would wait for the others
-        except (Unsupported, NotImplementedError, TypeError, ValueError) as reason:
+        except Unsupported as reason:
             _say_once(f"{called} runs as before: {reason}")
+        except Exception as error:  # whatever it is, the library's own code is the answer, or has the better error
+            _say_once(f"{called} runs as before: {str(error) or type(error).__name__}")
         return original(*args, **kwargs)
 
     setattr(owner, name, replacement)
@@ -134,13 +138,28 @@ def _say_once(sentence: str) -> None:
         log.warning("%s", sentence)
 
 
-def _computes_like(kind: type, base: type, method: str) -> bool:
-    """Whether a class has all that `base` has, but for its constructor and `method`, which may call super()."""
-    if kind is base:
-        return True
+def _check_unchanged(obj: object, base: type, method: str) -> None:
+    """Raise unless an object computes as `base` does; its constructor and `method` may differ, and call super()."""
     names = {name for parent in base.__mro__ if parent not in nn.Module.__mro__ for name in vars(parent)}
     names -= {name for name in names if name == method or name.startswith("__")}
-    return all(getattr(kind, name) is getattr(base, name) for name in names)
+    if any(name in vars(obj) or getattr(type(obj), name) is not getattr(base, name) for name in names):
+        raise Unsupported("a subclass that changes how it computes")
+    parts = obj.children() if isinstance(obj, nn.Module) else ()
+    if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
+        raise Unsupported("a part of it has forward hooks")
+
+
+def _dtype(compute: Callable[..., Tensor], *given) -> torch.dtype:
+    """The dtype that a library's result has, within torch.autocast or not; `compute` is asked with one number each."""
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    if not within_autocast(tensors[0]) and {t.dtype for t in tensors} in ({torch.float32}, {torch.float64}):
+        return tensors[0].dtype
+    with torch.no_grad():
+        return compute(*(t.new_ones((1,) * t.dim()) if isinstance(t, Tensor) else t for t in given)).dtype
+
+
+def _cross_entropy(logits: Tensor) -> Tensor:
+    return F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device=logits.device))
 
 
 def _check_even(rows: Tensor, gathered: bool) -> None:
@@ -151,50 +170,107 @@ def _check_even(rows: Tensor, gathered: bool) -> None:
 
 def _lightly_nt_xent(loss, out0: Tensor, out1: Tensor) -> Tensor:
     _check_even(out0, loss.gather_distributed)
+    entropy = loss.cross_entropy
+    changed = type(entropy) is not nn.CrossEntropyLoss or entropy.weight is not None or entropy.ignore_index >= 0
+    if changed or (entropy.reduction, entropy.label_smoothing) != ("mean", 0):
+        raise Unsupported(f"cross_entropy: only CrossEntropyLoss() is supported, got {entropy}")
     if loss.memory_bank.size[0] == 0:
-        return losses.NTXentLoss(loss.temperature, 0, loss.gather_distributed)(out0, out1)
-    info_nce = losses.InfoNCE(loss.temperature)
-    keys, bank = loss.memory_bank(F.normalize(out1, dim=1), update=out0.requires_grad)
-    return info_nce(out0, keys, bank.T)
+        dtype = _dtype(lambda a, b: _cross_entropy(a @ b.mT), out0, out1)
+        return losses.NTXentLoss(loss.temperature, 0, loss.gather_distributed)(out0, out1).to(dtype)
+    from lightly.models.modules.memory_bank import MemoryBankModule
+
+    _check_unchanged(loss.memory_bank, MemoryBankModule, "forward")
+    if type(loss.memory_bank) is not MemoryBankModule or not loss.memory_bank.feature_dim_first:
+        raise Unsupported(f"memory_bank: only a MemoryBankModule of lightly is supported, got {loss.memory_bank}")
+    put = loss.memory_bank._dequeue_and_enqueue
+    keys, bank = loss.memory_bank(F.normalize(out1, dim=1), update=False)
+    dtype = _dtype(lambda a, b, k: _cross_entropy(torch.cat([(a @ b.mT), a @ k], 1)[:, :1]), out0, out1, bank)
+    found = losses.InfoNCE(loss.temperature)(out0, keys, bank.T).to(dtype)
+    if out0.requires_grad:  # last, when nothing can go wrong any more
+        put(keys)
+    return found
 
 
 def _lightly_dcl(loss, out0: Tensor, out1: Tensor) -> Tensor:
     _check_even(out0, loss.gather_distributed)
-    return losses.DCLLoss(loss.temperature, loss.weight_fn, loss.gather_distributed)(out0, out1)
+    dtype = _dtype(lambda a, b: (a @ b.mT).logsumexp(1).mean(), out0, out1)
+    dtypes = [dtype]
+
+    def weigh(a: Tensor, b: Tensor) -> Tensor:
+        weights = loss.weight_fn(a.to(out0.dtype), b.to(out1.dtype))
+        dtypes.append(weights.dtype)
+        return weights
+
+    faster = losses.DCLLoss(loss.temperature, weigh if loss.weight_fn else None, loss.gather_distributed)
+    found = faster(out0, out1)
+    return found.to(functools.reduce(torch.promote_types, dtypes))
 
 
-def _open_clip_clip(loss, image_features: Tensor, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+def _open_clip_clip(
+    loss,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    output_dict: bool = False,
+) -> Tensor | dict[str, Tensor]:
     _check_even(image_features, loss.world_size > 1)
+    dtype = _dtype(lambda a, b, s: _cross_entropy(s * a @ b.mT), image_features, text_features, logit_scale)
     faster = losses.ClipLoss(
         local_loss=loss.local_loss,
         gather_with_grad=loss.gather_with_grad,
         rank=loss.rank,
         world_size=loss.world_size,
-        use_horovod=loss.use_horovod,
+        use_horovod=getattr(loss, "use_horovod", False),  # which newer versions have no more
     )
-    return faster(image_features, *args, **kwargs)
+    found = faster(image_features, text_features, logit_scale, logit_bias).to(dtype)
+    return {"contrastive_loss": found} if output_dict else found
 
 
-def _open_clip_siglip(loss, image_features: Tensor, *args, **kwargs) -> Tensor | dict[str, Tensor]:
+def _open_clip_siglip(
+    loss,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    output_dict: bool = False,
+) -> Tensor | dict[str, Tensor]:
     _check_even(image_features, loss.world_size > 1)
+    chunks = getattr(loss, "chunk_size", 0) > 0  # which older versions have not
+    dtype = _dtype(
+        lambda a, b, s: F.logsigmoid(s * a @ b.mT if chunks else a * (s * a @ b.mT)).sum(),
+        image_features,
+        text_features,
+        logit_scale,
+    )
     faster = losses.SigLipLoss(rank=loss.rank, world_size=loss.world_size, dist_impl=loss.dist_impl)
-    return faster(image_features, *args, **kwargs)
+    found = faster(image_features, text_features, logit_scale, logit_bias)
+    found = found.to(torch.promote_types(dtype, torch.float32) if chunks else dtype)
+    return {"contrastive_loss": found} if output_dict else found
 
 
-def _metric_learning_sup_con(loss, *args, **kwargs) -> Tensor:
-    from pytorch_metric_learning import distances, reducers
+def _metric_learning_sup_con(
+    loss,
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    indices_tuple: tuple[Tensor, ...] | None = None,
+    ref_emb: Tensor | None = None,
+    ref_labels: Tensor | None = None,
+) -> Tensor:
+    check_defaults(loss.distance, loss.reducer, loss.embedding_regularizer, loss.collect_stats)
+    keys = embeddings if ref_emb is None else ref_emb
 
-    if type(loss.distance) is not distances.CosineSimilarity or (loss.distance.p, loss.distance.power) != (2, 1):
-        raise Unsupported(f"distance: only CosineSimilarity() is supported, got {loss.distance}")
-    if type(loss.reducer) is not reducers.AvgNonZeroReducer:  # a regularizer makes it another one, too
-        raise Unsupported(f"reducer: only AvgNonZeroReducer() is supported, got {loss.reducer}")
-    if loss.collect_stats or loss.distance.collect_stats or loss.reducer.collect_stats:
-        raise Unsupported("collect_stats: only False is supported")
-    return losses.SupConLoss(loss.temperature)(*args, **kwargs)
+    def like_theirs(a: Tensor, b: Tensor) -> Tensor:
+        logits = a @ b.mT
+        return (logits * (logits - logits.logsumexp(1))).sum(1).mean()
+
+    dtype = _dtype(like_theirs, embeddings, keys)
+    faster = losses.SupConLoss(loss.temperature)
+    return faster(embeddings, labels, indices_tuple, ref_emb, ref_labels).to(dtype)
 
 
 def _info_nce_class(loss, query: Tensor, positive_key: Tensor, negative_keys: Tensor | None = None) -> Tensor:
-    return losses.InfoNCE(loss.temperature, loss.reduction, loss.negative_mode)(query, positive_key, negative_keys)
+    return _info_nce_function(query, positive_key, negative_keys, loss.temperature, loss.reduction, loss.negative_mode)
 
 
 def _info_nce_function(
@@ -205,32 +281,19 @@ def _info_nce_function(
     reduction: str = "mean",
     negative_mode: str = "unpaired",
 ) -> Tensor:
-    return losses.InfoNCE(temperature, reduction, negative_mode)(query, positive_key, negative_keys)
+    def like_theirs(q: Tensor, p: Tensor, n: Tensor | None) -> Tensor:
+        if n is None:
+            return _cross_entropy(q @ p.mT)
+        return _cross_entropy(torch.cat([q * p, q @ n.view(1, 1)], 1))
+
+    dtype = _dtype(like_theirs, query, positive_key, negative_keys)
+    return losses.InfoNCE(temperature, reduction, negative_mode)(query, positive_key, negative_keys).to(dtype)
 
 
-Kind = type[schedulers.DDPMScheduler] | type[schedulers.DDIMScheduler]
-_MODULES: dict[Kind, str] = {
-    schedulers.DDPMScheduler: "diffusers.schedulers.scheduling_ddpm",
-    schedulers.DDIMScheduler: "diffusers.schedulers.scheduling_ddim",
-}
-_schedulers: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # theirs: (its timesteps, ours)
+def _diffusers_step(name: str, *args, **kwargs):
+    from sslfast.schedulers import _patched  # not before it is needed: it imports diffusers
 
-
-def _diffusers_step(kind: Kind, scheduler, model_output: Tensor, timestep, sample: Tensor, *args, **kwargs):
-    """A step with the coefficients and the noise of diffusers' scheduler, from ours of the same configuration."""
-    if scheduler.config.get("variance_type") == "fixed_large_log":
-        raise Unsupported("variance_type: fixed_large_log is NaN in diffusers")
-    if torch.promote_types(model_output.dtype, sample.dtype) != sample.dtype:
-        raise Unsupported(f"model_output: {model_output.dtype} with a sample of {sample.dtype}")
-    timesteps, faster = _schedulers.get(scheduler, (None, None))
-    if timesteps is not scheduler.timesteps:  # set_timesteps was called
-        faster = kind.from_config(dict(scheduler.config)).follow(scheduler)
-        _schedulers[scheduler] = scheduler.timesteps, faster
-    found = faster.step(model_output, timestep, sample, *args, **kwargs)
-    if isinstance(found, tuple):
-        return found
-    output = pkgutil.resolve_name(f"{_MODULES[kind]}:{kind.__name__}Output")
-    return output(**found)
+    return getattr(_patched, name)(*args, **kwargs)
 
 
 FASTER: dict[str, dict[str, Callable]] = {
@@ -250,7 +313,8 @@ FASTER: dict[str, dict[str, Callable]] = {
         "info_nce:info_nce": _info_nce_function,
     },
     "diffusers": {
-        f"{module}:{kind.__name__}.step": functools.partial(_diffusers_step, kind) for kind, module in _MODULES.items()
+        "diffusers.schedulers.scheduling_ddpm:DDPMScheduler.step": functools.partial(_diffusers_step, "ddpm_step"),
+        "diffusers.schedulers.scheduling_ddim:DDIMScheduler.step": functools.partial(_diffusers_step, "ddim_step"),
     },
 }
 """By library: the places whose functions are exchanged, and what takes their place."""

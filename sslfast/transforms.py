@@ -10,13 +10,17 @@ the main process, which is the fast way, or hand it to a DataLoader as `collate_
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import multiprocessing
+import os
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
+from torch.utils.data import default_collate, get_worker_info
 
 from sslfast.ops.augment import (
     AugmentDistribution,
@@ -27,6 +31,16 @@ from sslfast.ops.augment import (
     draw_params,
     image_sizes,
 )
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MoCoV1Transform",
+    "MoCoV2Transform",
+    "MoCoV3Transform",
+    "RandomAugment",
+    "SimCLRTransform",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,11 +64,17 @@ class RandomAugment(nn.Module):
         dtype, memory_format: of a view: float32, bfloat16 or float16; contiguous or channels_last.
         seed: with it, a view is a function of (seed, epoch, sample id, view) alone. Without, every call draws its seed
             from `generator` (by default torch's own, which each DataLoader worker seeds differently).
-        generator: a torch.Generator on the CPU; not together with `seed`.
+        generator: a torch.Generator on the CPU; not together with `seed`. In a DataLoader worker, which has a copy of
+            it, it is mixed with the worker's own seed, so that workers and epochs differ; runs are the same if torch
+            (or the DataLoader's generator) is seeded too. In other processes that got a copy it is refused.
         layout: "CHW" or "HWC"; found from the shapes by default.
 
     Raises:
         ValueError, TypeError: naming the argument.
+        RuntimeError: at the call, for a generator in a process that has a copy of it.
+
+    Objects can be pickled with every protocol, copied, and saved with torch.save. A copy by copy.copy shares the
+    generator; other copies have one of their own in the same state.
     """
 
     def __init__(
@@ -123,27 +143,52 @@ class RandomAugment(nn.Module):
             "mean": mean,
             "std": std,
             "dtype": dtype,
-            "memory_format": memory_format,
             "layout": layout,
         }
-        self.seed, self.generator, self.epoch = seed, generator, 0
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ValueError(f"memory_format: expected contiguous_format or channels_last, got {memory_format}")
+        self.channels_last = memory_format == torch.channels_last  # since a torch.memory_format cannot be pickled
+        self.seed = seed
+        self.generator = generator
+        self._epoch = _shared(0)
+
+    @property
+    def generator(self) -> torch.Generator | None:
+        return self._seeds.generator
+
+    @generator.setter
+    def generator(self, generator: torch.Generator | None) -> None:
+        self._seeds = _Seeds.of(generator)
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __copy__(self) -> RandomAugment:
+        copied = type(self).__new__(type(self))
+        copied.__dict__ |= self.__dict__ | {"_epoch": _shared(self.epoch)}
+        return copied
 
     def set_epoch(self, epoch: int) -> None:
-        """With a seed: the epoch that later calls draw for."""
+        """With a seed: the epoch that later calls draw for, also those in workers of a DataLoader that live on."""
         self.epoch = epoch
 
     def draw(self, images, sample_ids=None, epoch: int | None = None) -> AugmentParams:
         """The parameters of a call, (views, images) each: to look at, save, or edit and hand to `apply_params`."""
-        seed = self.seed
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
+        seed = self._seeds.draw() if self.seed is None else self.seed
         sizes = image_sizes(images, self.applied["layout"])
         epoch = self.epoch if epoch is None else epoch
         return draw_params(self.distributions, sizes, seed=seed, epoch=epoch, sample_ids=sample_ids)
 
     def apply_params(self, images, params: AugmentParams) -> list[Tensor]:
         """One (N, C, height, width) tensor a view, made with these parameters."""
-        return list(augment(images, params, self.size, kernel_size=self.kernel_size, **self.applied).unbind())
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        applied = {"kernel_size": self.kernel_size, "memory_format": memory_format, **self.applied}
+        return list(augment(images, params, self.size, **applied).unbind())
 
     def forward(self, images, sample_ids=None, epoch: int | None = None) -> list[Any]:
         """One (N, C, height, width) tensor a view.
@@ -167,10 +212,78 @@ class RandomAugment(nn.Module):
 
     def extra_repr(self) -> str:
         shown = {"size": self.size, "views": len(self.distributions), "kernel_size": self.kernel_size, **self.applied}
-        shown |= {"seed": self.seed, "epoch": self.epoch}
+        shown |= {"channels_last": self.channels_last or None, "seed": self.seed, "epoch": self.epoch}
         lines = [", ".join(f"{name}={value}" for name, value in shown.items() if value is not None)]
         lines += [f"view {i}: {view}" for i, view in enumerate(self.distributions)]
         return "\n".join(dict.fromkeys(lines) if len(set(self.distributions)) > 1 else lines[:2])
+
+
+class _Seeds:
+    """Draws a seed for each call from a generator, or from torch's own, but never from a copy as if it were the one.
+
+    Processes that get a copy of an object would otherwise all draw the same. There is one object for each generator, so
+    that transforms which share it still do after they were pickled together.
+    """
+
+    @classmethod
+    def of(cls, generator: torch.Generator | None) -> _Seeds:
+        seeds = _of_generator.get(id(generator))
+        if seeds is None or seeds.generator is not generator:
+            seeds = _of_generator[id(generator)] = cls(generator)
+        return seeds
+
+    def __init__(self, generator: torch.Generator | None):
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}")
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"generator: expected one on the CPU, got one on {generator.device}")
+        self.generator, self.owner = generator, _process()
+
+    def draw(self) -> int:
+        if self.generator is not None and self.owner != _process():
+            self._adopt()
+        return int(torch.randint(2**63 - 1, (), generator=self.generator))
+
+    def _adopt(self) -> None:
+        """Make a copied generator this process's own."""
+        worker = get_worker_info()
+        if worker is not None:
+            drawn = int(torch.randint(2**62, (), generator=self.generator))
+            self.generator = torch.Generator().manual_seed((drawn + worker.seed) % 2**63)
+        elif self.owner[0] == _process()[0]:  # a relative, which may draw from it too
+            raise RuntimeError(
+                "generator: this process has a copy of it, which would give the same views as in the others; make a "
+                "generator of its own in each process (transform.generator = …), or use seed= and sample ids"
+            )
+        self.owner = _process()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = None if self.generator is None else self.generator.get_state().numpy().tobytes()
+        return {"state": state, "owner": self.owner}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        self.generator, self.owner = None, saved["owner"]
+        if saved["state"] is not None:
+            state = torch.frombuffer(bytearray(saved["state"]), dtype=torch.uint8)
+            self.generator = torch.Generator()
+            self.generator.set_state(state)
+
+
+_of_generator: weakref.WeakValueDictionary[int, _Seeds] = weakref.WeakValueDictionary()
+
+
+def _shared(number: int) -> Tensor:
+    """A whole number that a process and its workers see alike."""
+    tensor = torch.tensor(number)
+    try:
+        return tensor.share_memory_()
+    except RuntimeError:  # without shared memory there are no workers either
+        return tensor
+
+
+def _process() -> tuple[str, int]:
+    """(what all processes of a program share, what this one has alone)"""
+    return hashlib.sha256(multiprocessing.current_process().authkey).hexdigest(), os.getpid()
 
 
 class SimCLRTransform(RandomAugment):

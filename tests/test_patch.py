@@ -1,5 +1,6 @@
 """Patched libraries give the results that they gave before, and come back as they were. All of them are installed."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -16,6 +17,7 @@ import pytest
 import pytorch_metric_learning.losses
 import torch
 from lightly.loss import NTXentLoss  # under a name of its own, from before any patch
+from lightly.models.modules.memory_bank import MemoryBankModule
 from pytorch_metric_learning import distances, reducers, regularizers
 from torch import nn
 
@@ -239,6 +241,23 @@ class OtherLogits(open_clip.ClipLoss):
 Regularized = regularizers.LpRegularizer
 
 
+class TwiceTheBank(MemoryBankModule):
+    def forward(self, *args, **kwargs):
+        keys, bank = super().forward(*args, **kwargs)
+        return keys, 2 * bank
+
+
+def changed(loss: nn.Module, **attributes) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(loss, name, value)
+    return loss
+
+
+def with_hook(loss: nn.Module, part: str) -> nn.Module:
+    loss.get_submodule(part).register_forward_hook(lambda module, inputs, output: 2 * output)
+    return loss
+
+
 @pytest.mark.parametrize(
     ("library", "make", "call", "reason"),
     [
@@ -272,19 +291,158 @@ Regularized = regularizers.LpRegularizer
             lambda loss, x, *_: loss(x, labels()),
             "collect_stats: only False",
         ),
-        ("lightly", lambda: NTXentLoss(-0.5), lambda loss, x, y, _: loss(x, y), "temperature: expected a positive"),
+        (
+            "pytorch_metric_learning",
+            lambda: metric_losses.SupConLoss(reducer=reducers.AvgNonZeroReducer(high=2.0)),
+            lambda loss, x, *_: loss(x, labels()),
+            "reducer: only AvgNonZeroReducer",
+        ),
+        (
+            "lightly",
+            lambda: changed(NTXentLoss(0.5), cross_entropy=nn.CrossEntropyLoss(label_smoothing=0.1)),
+            lambda loss, x, y, _: loss(x, y),
+            "cross_entropy: only CrossEntropyLoss() is supported, got CrossEntropyLoss",
+        ),
+        (
+            "lightly",
+            lambda: changed(NTXentLoss(0.5, (60, 16)), memory_bank=TwiceTheBank((60, 16))),
+            lambda loss, x, y, _: loss(x, y),
+            "memory_bank: only a MemoryBankModule",
+        ),
+        (
+            "lightly",
+            lambda: with_hook(NTXentLoss(0.5), "cross_entropy"),
+            lambda loss, x, y, _: loss(x, y),
+            "a part of it has forward hooks",
+        ),
+        (
+            "open_clip",
+            lambda: changed(open_clip.ClipLoss(), get_logits=lambda a, b, scale, logit_bias: (a @ b.T, b @ a.T)),
+            lambda loss, x, y, _: loss(x, y, 5.0),
+            "a subclass that changes how it computes",
+        ),
+        (
+            "open_clip",
+            lambda: open_clip.ClipLoss(),
+            lambda loss, x, y, _: loss(x, y, 5.0, torch.linspace(-1, 1, 24 * 24).view(24, 24)),
+            "logit_bias: expected one element",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )
 def test_what_is_not_supported_runs_as_before_after_one_sentence(library, make, call, reason, caplog):
     loss = make()
-    expected = value_and_gradients(loss, call)
+    expected = value_and_gradients(copy.deepcopy(loss), call)
     with sslfast.patch(library):
         for _ in range(2):
-            found = value_and_gradients(loss, call)
+            found = value_and_gradients(copy.deepcopy(loss), call)
             torch.testing.assert_close(found, expected)
     assert [record.name for record in caplog.records] == ["sslfast"]
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no such thing"), KeyError("a"), RuntimeError("b"), MemoryError(), OSError()]
+)
+@pytest.mark.parametrize(("library", "make", "call", "front"), FLAT[:3] + FLAT[4:6] + FLAT[8:9] + FLAT[11:12])
+def test_any_error_of_ours_runs_as_before(library, make, call, front, error, monkeypatch, caplog):
+    """After nothing was changed, such as lightly's memory bank."""
+    torch.manual_seed(1)
+    loss = make()
+    expected = value_and_gradients(copy.deepcopy(loss), call)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(getattr(losses, front), "forward", fail)
+    with sslfast.patch(library):
+        found = value_and_gradients(loss, call)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert (str(error) or type(error).__name__) in caplog.text
+
+
+TYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("library", "make", "call", "front"), FLAT)
+def test_dtypes_and_errors_are_those_of_the_library_runs_as_before(library, make, call, front, cast):
+    """For each two float types, in autocast and out of it; the bank, too, is the library's afterwards."""
+
+    def outcomes() -> list:
+        found = []
+        for first in TYPES:
+            for second in TYPES:
+                torch.manual_seed(1)
+                loss = make()
+                bank = [t for t in loss.buffers() if len(t) > 1]
+                x, y, z = views()
+                x, y, z = x.detach().to(first).requires_grad_(), y.detach().to(second), z.detach().to(second)
+                with torch.autocast("cpu", dtype=cast or torch.bfloat16, enabled=cast is not None):
+                    try:
+                        value = call(loss, x, y, z)
+                        value.sum().backward()
+                        found.append((value.dtype, value.detach().float(), x.grad.float(), bank))
+                    except RuntimeError as error:
+                        found.append((type(error), str(error), None, bank))
+        return found
+
+    expected = outcomes()
+    with sslfast.patch(library):
+        found = outcomes()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours[0] == theirs[0]
+        torch.testing.assert_close(ours[3], theirs[3], rtol=0.02, atol=0.02)
+        if theirs[2] is None:
+            assert ours[1] == theirs[1]
+        else:
+            torch.testing.assert_close(ours[1], theirs[1], rtol=0.05, atol=0.05)
+            assert (ours[2] - theirs[2]).norm() <= 0.2 * theirs[2].norm() + 1e-3
+
+
+def test_weights_of_another_dtype():
+    loss = lightly.loss.DCLLoss(0.2, weight_fn=lambda a, b: (a * b).sum(1).float())
+    x, y = (t.detach().half() for t in views(2))
+    expected = loss(x, y)
+    with sslfast.patch("lightly"):
+        found = loss(x, y)
+    assert found.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.01, atol=0.01)
+
+
+def test_the_bank_takes_keys_in_once_whoever_computes():
+    def run(patched: bool) -> tuple:
+        torch.manual_seed(0)
+        queries, keys = torch.randn(2, 8, 16)
+        loss = NTXentLoss(0.1, memory_bank_size=(64, 16))
+        with contextlib.ExitStack() as stack:
+            if patched:
+                stack.enter_context(sslfast.patch("lightly"))
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            value = loss(queries.bfloat16().requires_grad_(), keys)
+        return value.item(), int(loss.memory_bank.bank_ptr), loss.memory_bank.bank
+
+    (found, *bank), (expected, *theirs) = run(True), run(False)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert bank[0] == theirs[0] == 8
+    assert torch.equal(bank[1], theirs[1])
+
+
+@pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
+def test_other_versions_of_open_clip(name):
+    """Without use_horovod, and with chunks, whose sum is in float32."""
+    loss = getattr(open_clip.loss, name)()
+    images, texts = (t.detach() for t in views(2))
+    expected = loss(images, texts, 5.0, -1.0)
+    if name == "ClipLoss":
+        del loss.use_horovod
+    else:
+        loss.chunk_size = 7
+    with sslfast.patch("open_clip"):
+        torch.testing.assert_close(loss(images, texts, 5.0, -1.0), expected, rtol=2e-5, atol=2e-6)
+        half = loss(images.half(), texts.half(), 5.0, -1.0)
+    assert half.dtype == (torch.float16 if name == "ClipLoss" else torch.float32)
+    assert loss.training
 
 
 def test_the_libraries_own_errors_stay_and_runs_as_before_is_said(caplog):

@@ -472,7 +472,7 @@ def test_missing_memory_is_a_sentence_with_the_last_good_checkpoint(tmp_path, mo
     monkeypatch.setattr(simclr, "NTXentLoss", NoMemory)
     run = tmp_path / "run"
     said = refused(["simclr", *TINY, *ENCODER, "--epochs", "1", "--run", run], capsys)
-    assert f"{run} stopped after step 2: there is not enough memory" in said
+    assert f"{run} stopped at step 2: there is not enough memory" in said
     assert f"The last good checkpoint is {run}/checkpoints/step-00000002" in said
     assert len(said.splitlines()) == 1
 
@@ -488,7 +488,7 @@ def test_a_killed_worker_is_a_sentence_with_the_last_good_checkpoint(pictures, t
     monkeypatch.setattr(data._Files, "__getitem__", killed)
     words = [*FILES, "--workers", "1", "--checkpoint-seconds", "0", "--run", tmp_path / "run"]
     said = refused(["simclr", "--data", pictures, *words], capsys)
-    assert re.search(r"run stopped after step \d: a worker process that reads images was killed", said)
+    assert re.search(r"run stopped at step \d: a worker process that reads images was killed", said)
     assert "checkpoint" in said
     assert len(said.splitlines()) == 1
 
@@ -503,6 +503,7 @@ def test_errors_of_the_program_are_not_hidden(tmp_path, monkeypatch):
 
 
 # Batches that files which cannot be decoded have made smaller.
+
 
 
 @pytest.mark.parametrize(
@@ -542,9 +543,8 @@ def test_a_batch_without_any_image_is_left_out(monkeypatch, tmp_path, capsys):
 
     def read(images, rows, *_):
         for number, chosen in enumerate(rows):
-            if number in (1, 3):
-                chosen = chosen[:0]
-            yield [torch.zeros(3, 4, 4)] * len(chosen), torch.from_numpy(chosen)
+            ids = torch.from_numpy(chosen)[: 0 if number in (1, 3) else 3]
+            yield [torch.zeros(3, 4, 4)] * len(ids), ids
 
     monkeypatch.setattr(loop.data, "batches", read)
     config = simclr.SimCLR(batch_size=3, epochs=1, run=str(tmp_path / "run"), size=4, precision="float32")
@@ -561,8 +561,7 @@ def test_a_batch_without_any_image_is_left_out(monkeypatch, tmp_path, capsys):
 
 def test_an_epoch_without_any_batch_stops(monkeypatch, tmp_path):
     images = data.Images([Path(str(number)) for number in range(12)], torch.zeros(12, dtype=torch.int64), [])
-    nothing = [], torch.zeros(0, dtype=torch.int64)
-    monkeypatch.setattr(loop.data, "batches", lambda images, rows, *_: (nothing for _ in rows))
+    monkeypatch.setattr(loop.data, "batches", lambda _, rows, *__: (([], torch.zeros(0)) for row in rows))
     config = simclr.SimCLR(batch_size=3, epochs=9, run=str(tmp_path / "run"), size=4, precision="float32")
     with (
         pytest.raises(UserError, match="not one batch of 4 had 2 images that could be decoded"),

@@ -243,7 +243,7 @@ BAD_CALLS = {
     "dtype": ((Q, K.double(), 1.0), {}, TypeError, "keys: expected the dtype of queries"),
     "device": ((Q, K.to("meta"), 1.0), {}, ValueError, "keys: expected the device of queries, cpu, got meta"),
     "nan scale": ((Q, K, math.nan), {}, ValueError, "scale: expected a finite number, got nan"),
-    "text scale": ((Q, K, "1"), {}, TypeError, "scale: expected a number or a tensor, got str"),
+    "text scale": ((Q, K, "1"), {}, TypeError, "scale: expected a number, got str"),
     "scales": ((Q, K, torch.ones(2)), {}, ValueError, "scale: expected one element"),
     "exclude dtype": ((Q, K, 1.0), {"exclude": torch.zeros(4)}, TypeError, "exclude: expected an int64 tensor"),
     "exclude shape": ((Q, K, 1.0), {"exclude": torch.zeros(5).long()}, ValueError, "exclude: expected shape"),

@@ -277,3 +277,91 @@ def test_one_bad_entry_of_a_list_is_named():
 def test_ids_of_another_length_are_refused():
     with pytest.raises(ValueError, match="sample_ids: expected one id for each of the 4 images"):
         SimCLRTransform(24)(photos(), [1, 2, 3])
+
+
+def collated(transform, seed: int = 1, epochs: int = 2, **options) -> list[float]:
+    """A number for each batch of same images, from two workers."""
+    images = [photos(1)[0]] * 8
+    torch.manual_seed(seed)
+    loader = DataLoader(images, 2, num_workers=2, collate_fn=transform, **options)
+    return [round(float(views[0].sum()), 3) for _ in range(epochs) for views in loader]
+
+
+@pytest.mark.parametrize(
+    ("method", "persistent"), [("fork", False), ("fork", True), ("spawn", False), ("forkserver", True)]
+)
+def test_workers_and_epochs_never_draw_the_same_from_a_copied_generator(method, persistent):
+    transform = SimCLRTransform(24, generator=torch.Generator().manual_seed(0))
+    found = collated(transform, multiprocessing_context=method, persistent_workers=persistent)
+    assert len(set(found)) == len(found) == 8
+
+
+def test_what_workers_draw_follows_from_the_generator_and_from_torchs_seed():
+    transform, other = (SimCLRTransform(24, generator=torch.Generator().manual_seed(n)) for n in (0, 7))
+    found = collated(transform, seed=1, epochs=1)
+    assert collated(transform, seed=1, epochs=1) == found
+    assert not set(collated(transform, seed=2, epochs=1)) & set(found)
+    assert not set(collated(other, seed=1, epochs=1)) & set(found)
+
+
+def test_workers_never_draw_the_same_without_generator_and_seed():
+    found = collated(SimCLRTransform(24))
+    assert len(set(found)) == len(found) == 8
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_the_epoch_reaches_workers_also_those_that_live_on(persistent):
+    transform = SimCLRTransform(24, seed=0)
+    loader = DataLoader([photos(1)[0]] * 2, 2, num_workers=1, collate_fn=transform, persistent_workers=persistent)
+    found = []
+    for epoch in range(3):
+        transform.set_epoch(epoch)
+        (views,) = loader
+        found.append(views)
+    expected = SimCLRTransform(24, seed=0)
+    assert all(same(views, expected([photos(1)[0]] * 2, epoch=epoch)) for epoch, views in enumerate(found))
+
+
+def draw_in_process(transform, results) -> None:
+    torch.set_num_threads(1)  # as a DataLoader does: OpenMP's threads do not survive a fork
+    try:
+        transform(photos())
+        results.put("drawn")
+    except RuntimeError as error:
+        results.put(str(error))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_do_not_draw_from_a_copied_generator(method):
+    context = multiprocessing.get_context(method)
+    own, without = SimCLRTransform(24, generator=torch.Generator().manual_seed(0)), SimCLRTransform(24)
+    found = []
+    for transform in (own, without):
+        results = context.Queue()
+        process = context.Process(target=draw_in_process, args=(transform, results))
+        process.start()
+        found.append(results.get(timeout=100))
+        process.join()
+    assert found[0].startswith("generator: this process has a copy of it, which would give the same views")
+    assert found[1] == "drawn"
+
+
+def test_a_generator_that_was_saved_goes_on_in_another_program(tmp_path):
+    transform = SimCLRTransform(24, generator=torch.Generator().manual_seed(0))
+    torch.save({"transform": transform}, tmp_path / "checkpoint.pt")
+    code = (
+        "import sys, torch; from sslfast.transforms import SimCLRTransform\n"
+        "transform = torch.load(sys.argv[1], weights_only=False)['transform']\n"
+        "images = torch.arange(4 * 3 * 900).view(4, 3, 30, 30).to(torch.uint8)\n"
+        "print(transform(images)[0].sum().item())\n"
+    )
+    arguments = [sys.executable, "-c", code, str(tmp_path / "checkpoint.pt")]
+    run = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    images = torch.arange(4 * 3 * 900).view(4, 3, 30, 30).to(torch.uint8)
+    assert float(run.stdout) == pytest.approx(transform(images)[0].sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("generator", "error"), [(3, TypeError), ("cpu", TypeError)])
+def test_what_is_no_generator(generator, error):
+    with pytest.raises(error, match=r"generator: expected a torch.Generator, got"):
+        SimCLRTransform(24, generator=generator)

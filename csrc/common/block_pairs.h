@@ -29,18 +29,18 @@ void for_each_block_pair(const Worker& worker, int64_t blocks, const Visit& visi
   }
 }
 
-/// The same on all threads, for a kernel that has no workers.
+/// The same on up to `threads` threads, for a kernel that has no workers.
 template <typename Visit>
-void for_each_block_pair(int64_t blocks, const Visit& visit) {
-  run_workers(blocks > 1, [&](const Worker& worker) { for_each_block_pair(worker, blocks, visit); });
+void for_each_block_pair(int64_t threads, int64_t blocks, const Visit& visit) {
+  run_workers(blocks > 1 ? threads : 1, [&](const Worker& worker) { for_each_block_pair(worker, blocks, visit); });
 }
 
 /// Calls visit(i, j) once for each 0 ≤ i < rows and 0 ≤ j < columns, with the same promise. In round r of a Latin
 /// square, block i of the shorter side meets block i + r of the longer.
 template <typename Visit>
-void for_each_block_of_a_rectangle(int64_t rows, int64_t columns, const Visit& visit) {
+void for_each_block_of_a_rectangle(int64_t threads, int64_t rows, int64_t columns, const Visit& visit) {
   const int64_t shorter = rows < columns ? rows : columns, longer = rows < columns ? columns : rows;
-  run_workers(shorter > 1, [&](const Worker& worker) {
+  run_workers(shorter > 1 ? threads : 1, [&](const Worker& worker) {
     for (int64_t round = 0; round < longer; ++round) {
       worker.share(shorter, [&](int64_t k) {
         const int64_t other = (k + round) % longer;

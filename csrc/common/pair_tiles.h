@@ -2,12 +2,12 @@
 // all threads, and the tile of similarities that a thread works on.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include "csrc/common/bf16_matrix.h"
 #include "csrc/common/panel_matrix.h"
+#include "csrc/common/workers.h"
 
 namespace sslfast {
 namespace CPU_CAPABILITY {
@@ -39,9 +39,9 @@ void with_engine(c10::ScalarType dtype, [[maybe_unused]] bool bf16_products, con
 
 /// Fills a packed matrix from `data` (count, dim).
 template <typename Engine>
-void pack(const typename Engine::Matrix& m, const void* data, int64_t count, int64_t dim) {
+void pack(int64_t threads, const typename Engine::Matrix& m, const void* data, int64_t count, int64_t dim) {
   using Z = typename Engine::Z;
-  at::parallel_for(0, m.rows / kMatrixPad, 2, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, m.rows / kMatrixPad, 2, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin * kMatrixPad; row < end * kMatrixPad; row += kMatrixPad)
       Engine::pack(m, row, static_cast<const Z*>(data) + row * dim, count - row, dim);
   });

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 
 #include "csrc/common/macros.h"
 
@@ -25,6 +26,11 @@ struct StepCoefficients {
   float noise_step;  // of Philox: below 2²⁴
 };
 constexpr int kStepFields = sizeof(StepCoefficients) / sizeof(float);
+
+/// noise_step as an integer; 0 for what is none, such as the NaN of a row that must not be used.
+SSLFAST_HOST_DEVICE uint32_t philox_step(const StepCoefficients& c) {
+  return c.noise_step >= 0.0f && c.noise_step <= 16777216.0f ? static_cast<uint32_t>(c.noise_step) : 0u;
+}
 
 /// How x0 follows from the model's output, at signal level `alpha` = √ᾱ and noise level `sigma` = √(1 − ᾱ).
 SSLFAST_HOST_DEVICE StepCoefficients predict_x0(DiffusionPrediction prediction, float alpha, float sigma) {

@@ -1,10 +1,16 @@
-// Scratch memory for one call of an op, cut out of one buffer.
+// Scratch memory for one call of an op, cut out of one buffer, and the number of threads that the call may use.
 #pragma once
 
+#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
 namespace sslfast {
+
+/// The number of threads for a call. Count once per call, size scratch with it, and hand it to the kernel, whose
+/// parallel regions (csrc/common/workers.h) never have more threads: another thread may call torch.set_num_threads at
+/// any moment.
+inline int64_t thread_count() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 /// Reserve everything, allocate once, then ask for the pointers:
 ///

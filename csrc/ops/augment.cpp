@@ -19,6 +19,7 @@
 
 #include "csrc/common/check.h"
 #include "csrc/common/philox.h"
+#include "csrc/common/scratch.h"
 #if defined(SSLFAST_WITH_CUDA)
 #include "csrc/common/cuda_device.h"
 #include "csrc/ops/cuda/augment_kernel.h"
@@ -120,11 +121,16 @@ constexpr std::array<DrawSpec, 10> kDraws{{{"crop", at::kInt, 4},
                                            {"sigma", at::kFloat, 0},
                                            {"solarize", at::kFloat, 0}}};
 
-void check_draws(const std::vector<at::Tensor>& draws, int64_t views, int64_t samples) {
+/// How many views the draws are of, after a look at their number, shapes, types and devices.
+int64_t check_draws(const std::vector<at::Tensor>& draws, int64_t samples) {
+  TORCH_CHECK_VALUE(draws.size() == kDraws.size(), "params: expected ", kDraws.size(), " tensors, got ", draws.size());
+  check_dense(draws[0], "params.crop");
+  const int64_t views = draws[0].dim() > 0 ? draws[0].size(0) : 0;
   for (size_t i = 0; i < kDraws.size(); ++i) {
     const DrawSpec& spec = kDraws[i];
     std::vector<int64_t> shape{views, samples};
     if (spec.last) shape.push_back(spec.last);
+    check_dense(draws[i], spec.name);
     TORCH_CHECK_VALUE(draws[i].sizes() == at::IntArrayRef(shape), "params.", spec.name, ": expected shape ",
                       at::IntArrayRef(shape), " (views, images, …), got ", draws[i].sizes());
     TORCH_CHECK_TYPE(draws[i].scalar_type() == spec.dtype, "params.", spec.name, ": expected ", spec.dtype, ", got ",
@@ -132,6 +138,7 @@ void check_draws(const std::vector<at::Tensor>& draws, int64_t views, int64_t sa
     TORCH_CHECK_VALUE(draws[i].device().is_cpu(), "params.", spec.name, ": expected a CPU tensor, got ",
                       draws[i].device());
   }
+  return views;
 }
 
 struct ImageSize {
@@ -182,10 +189,13 @@ bool has_kernel(const at::Tensor& image) {
   return image.is_cpu();
 }
 
-void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64_t channel_dim) {
+void check_images(const std::vector<at::Tensor>& images, bool batch, int64_t channel_dim) {
+  TORCH_CHECK_VALUE(!images.empty(), "images: expected at least one image, got an empty list");
   for (size_t i = 0; i < images.size(); ++i) {
     const at::Tensor& image = images[i];
-    const std::string name = images.size() == 1 && image.dim() == 4 ? "images" : c10::str("images[", i, "]");
+    const std::string name = batch ? "images" : c10::str("images[", i, "]");
+    check_dim(image, batch ? 4 : 3, name.c_str());
+    const int64_t channels = images[0].size(channel_dim);
     TORCH_CHECK_VALUE(has_kernel(image), name, ": expected a CPU or CUDA tensor, got ", image.device());
     TORCH_CHECK_VALUE(image.device() == images[0].device(), name, ": expected the device of the other images, ",
                       images[0].device(), ", got ", image.device());
@@ -207,6 +217,45 @@ void check_images(const std::vector<at::Tensor>& images, int64_t channels, int64
                         " … ", largest);
     }
   }
+}
+
+constexpr int64_t kMaxPixels =
+    std::numeric_limits<int32_t>::max();  // of an output image, and height or width of an input
+
+void check_output(int64_t height, int64_t width, int64_t kernel_size, int64_t channels, const std::vector<double>& mean,
+                  const std::vector<double>& std, c10::ScalarType dtype) {
+  TORCH_CHECK_VALUE(height >= 1 && width >= 1 && height <= kMaxPixels && width <= kMaxPixels / height,
+                    "size: expected at least 1 and together at most ", kMaxPixels, " pixels, got ", height, "×", width);
+  TORCH_CHECK_VALUE(kernel_size >= 1 && kernel_size % 2 == 1 && kernel_size / 2 <= kMaxBlurRadius,
+                    "kernel_size: expected an odd number from 1 to ", 2 * kMaxBlurRadius + 1, ", got ", kernel_size);
+  for (const auto* values : {&mean, &std})
+    TORCH_CHECK_VALUE(static_cast<int64_t>(values->size()) == channels &&
+                          std::all_of(values->begin(), values->end(), [](double x) { return std::isfinite(x); }),
+                      "mean, std: expected ", channels, " finite numbers each, got ", *values);
+  TORCH_CHECK_VALUE(std::all_of(std.begin(), std.end(), [](double x) { return x > 0; }),
+                    "std: expected positive numbers, got ", std);
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   "dtype: expected float32, bfloat16 or float16, got ", dtype);
+}
+
+/// What drawing relies on; the limits of probabilities and factors are those of AugmentDistribution in Python.
+void check_distribution(const AugmentDistribution& view) {
+  const auto& [n, order] = view;
+  TORCH_CHECK_VALUE(
+      n.size() == kAugmentNumbers && std::all_of(n.begin(), n.end(), [](double x) { return !std::isnan(x); }),
+      "views: expected ", static_cast<int>(kAugmentNumbers), " numbers each, got ", n);
+  TORCH_CHECK_VALUE(n[kScaleMin] > 0 && n[kScaleMin] <= n[kScaleMax] && n[kScaleMax] <= 1 && n[kRatioMin] > 0 &&
+                        n[kRatioMin] <= n[kRatioMax] && std::isfinite(n[kRatioMax]),
+                    "views: expected 0 < min ≤ max for scale and ratio, and scale of at most 1, got ", n);
+  std::vector<int64_t> sorted(order);
+  std::sort(sorted.begin(), sorted.end());
+  bool permutation = sorted.size() == kAugmentSteps;
+  for (size_t i = 0; i < sorted.size(); ++i) permutation &= sorted[i] == static_cast<int64_t>(i);
+  const auto jitter = std::find(order.begin(), order.end(), kBrightness) - order.begin();
+  for (int64_t i = 0; permutation && i < 4; ++i)
+    permutation = jitter + 4 <= kAugmentSteps && order[jitter + i] == kBrightness + i;
+  TORCH_CHECK_VALUE(permutation, "views: expected an order of the steps 0 … ", kAugmentSteps - 1,
+                    " with those of the jitter side by side, got ", order);
 }
 
 // ---------------------------------------------------------------------------------------------------- output memory
@@ -337,15 +386,29 @@ void forward_cuda(const AugmentForwardParams& p, const std::vector<ImageSize>& s
 
 AugmentDraws augment_draw(const at::Tensor& image_sizes, const at::Tensor& sample_ids,
                           const std::vector<AugmentDistribution>& views, uint64_t seed, int64_t epoch) {
+  check_dim(sample_ids, 1, "sample_ids");
+  check_dim(image_sizes, 2, "image_sizes");
   const int64_t samples = sample_ids.size(0), view_count = static_cast<int64_t>(views.size());
+  TORCH_CHECK_VALUE(image_sizes.size(0) == samples && image_sizes.size(1) == 2, "image_sizes: expected shape [",
+                    samples, ", 2], got ", image_sizes.sizes());
+  for (const auto& [name, t] : {std::pair{"sample_ids", sample_ids}, std::pair{"image_sizes", image_sizes}})
+    TORCH_CHECK_TYPE(t.scalar_type() == at::kLong && t.is_cpu(), name, ": expected int64 on cpu, got ", t.scalar_type(),
+                     " on ", t.device());
+  TORCH_CHECK_VALUE(epoch >= 0 && epoch <= std::numeric_limits<uint32_t>::max(), "epoch: expected 0 to 2^32 - 1, got ",
+                    epoch);
+  std::for_each(views.begin(), views.end(), check_distribution);
+  const auto size_rows = image_sizes.contiguous(), id_rows = sample_ids.contiguous();
   std::vector<at::Tensor> draws;
   for (const DrawSpec& spec : kDraws) {
     std::vector<int64_t> shape{view_count, samples};
     if (spec.last) shape.push_back(spec.last);
     draws.push_back(at::empty(shape, at::TensorOptions().dtype(spec.dtype)));
   }
-  const int64_t* sizes = image_sizes.const_data_ptr<int64_t>();
-  const int64_t* ids = sample_ids.const_data_ptr<int64_t>();
+  const int64_t* sizes = size_rows.const_data_ptr<int64_t>();
+  const int64_t* ids = id_rows.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < 2 * samples; ++i)
+    TORCH_CHECK_VALUE(sizes[i] >= 1 && sizes[i] <= kMaxPixels, "image_sizes: expected 1 to ", kMaxPixels, ", got ",
+                      sizes[i]);
   auto* crop = reinterpret_cast<Crop*>(draws[0].mutable_data_ptr<int32_t>());
   bool* flip = draws[1].mutable_data_ptr<bool>();
   int8_t* order = draws[2].mutable_data_ptr<int8_t>();
@@ -400,8 +463,11 @@ at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vec
   const int64_t samples = batch ? images[0].size(0) : static_cast<int64_t>(images.size());
   const int64_t c = (batch ? 1 : 0) + (channels_first ? 0 : 2);
   const int64_t h = (batch ? 1 : 0) + (channels_first ? 1 : 0), w = h + 1;
-  const int64_t channels = images.empty() ? 1 : images[0].size(c);
-  check_images(images, channels, c);
+  check_images(images, batch, c);
+  const int64_t channels = images[0].size(c);
+  check_output(height, width, kernel_size, channels, mean, std, dtype);
+  TORCH_CHECK_VALUE(interpolation == "bilinear" || interpolation == "bicubic",
+                    "interpolation: expected 'bilinear' or 'bicubic', got '", interpolation, "'");
   std::vector<at::Tensor> kept;
   std::vector<AugmentImage> sources;
   std::vector<ImageSize> sizes;
@@ -417,15 +483,15 @@ at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vec
     }
   }
 
-  check_draws(draws, draws[0].size(0), samples);
+  const int64_t views = check_draws(draws, samples);
   std::vector<at::Tensor> drawn;
   for (const at::Tensor& draw : draws) drawn.push_back(draw.contiguous());
 
   AugmentForwardParams p{};
   p.images = sources.data();
-  p.input_dtype = images.empty() ? at::kByte : images[0].scalar_type();
+  p.input_dtype = images[0].scalar_type();
   p.channels = static_cast<int>(channels);
-  p.views = draws[0].size(0);
+  p.views = views;
   p.samples = samples;
   p.crop = drawn[0].const_data_ptr<int32_t>();
   p.flip = drawn[1].const_data_ptr<bool>();
@@ -460,7 +526,7 @@ at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vec
     return channels_last ? output.permute({0, 1, 4, 2, 3}) : output;
   };
 #if defined(SSLFAST_WITH_CUDA)
-  if (!images.empty() && is_cuda_tensor(images[0])) {
+  if (is_cuda_tensor(images[0])) {
     const at::Tensor output = at::empty(shape, images[0].options().dtype(dtype));
     if (output.numel() > 0) forward_cuda(p, sizes, output);
     return as_view(output);
@@ -470,7 +536,8 @@ at::Tensor augment_forward(const std::vector<at::Tensor>& images, const std::vec
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
   p.scratch_bytes = augment_scratch(p, nullptr).bytes;
-  const at::Tensor scratch = at::empty({p.scratch_bytes * at::get_num_threads()}, at::TensorOptions().dtype(at::kByte));
+  p.threads = thread_count();
+  const at::Tensor scratch = at::empty({p.threads * p.scratch_bytes}, at::TensorOptions().dtype(at::kByte));
   p.scratch = reinterpret_cast<std::byte*>(scratch.mutable_data_ptr<uint8_t>());
   SSLFAST_CPU_DISPATCH(launch_augment_forward_cpu, p);
   return output;

@@ -51,6 +51,7 @@ struct AugmentForwardParams {
   bool channels_last;
 
   int max_crop_height, max_crop_width;
+  int64_t threads;
   std::byte* scratch;     // one slice per thread, 64-byte aligned
   int64_t scratch_bytes;  // of a slice: augment_scratch(params, nullptr).bytes
 };

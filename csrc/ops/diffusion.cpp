@@ -32,12 +32,6 @@ StepVariance variance_of(const std::string& name) {
   return StepVariance::LearnedRange;
 }
 
-void check_dtype(const at::Tensor& t, const char* name) {
-  const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf, name,
-                   ": expected float32, bfloat16, float16 or float64, got ", dtype);
-}
-
 void check_batch(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() >= 1, name, ": expected at least one dimension, the samples, got a scalar");
 }
@@ -45,9 +39,10 @@ void check_batch(const at::Tensor& t, const char* name) {
 /// A tensor of `dtype` and `sizes` on the device of `like`.
 void check_side(const at::Tensor& t, c10::ScalarType dtype, at::IntArrayRef sizes, const at::Tensor& like,
                 const char* name) {
+  check_dense(t, name);
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": expected ", dtype, ", got ", t.scalar_type());
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, ": expected shape ", sizes, ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, ": expected device ", like.device(), ", got ", t.device());
+  check_device(t, name, like);
 }
 
 /// The timesteps of a batch are indices of `alphas_cumprod`; on the CPU, where nothing waits for it, checked.
@@ -185,7 +180,7 @@ std::tuple<at::Tensor, at::Tensor> diffusion_step(const at::Tensor& model_output
                                                   const std::vector<at::Tensor>& history,
                                                   const std::optional<at::Tensor>& noise,
                                                   const std::optional<at::Tensor>& seeds, const std::string& variance) {
-  check_dtype(sample, "sample");
+  check_floating(sample, "sample");
   check_batch(sample, "sample");
   const auto kind = variance_of(variance);
   auto model_sizes = sample.sizes().vec();
@@ -240,7 +235,7 @@ std::tuple<at::Tensor, at::Tensor> diffusion_q_sample(const at::Tensor& x0, cons
                                                       const std::string& prediction_type,
                                                       const std::optional<at::Tensor>& noise,
                                                       const std::optional<at::Tensor>& seeds, int64_t step) {
-  check_dtype(x0, "x0");
+  check_floating(x0, "x0");
   check_batch(x0, "x0");
   check_timesteps(timesteps, alphas_cumprod, x0);
   TORCH_CHECK_VALUE(noise || seeds, "seeds: expected noise or seeds, got neither");
@@ -276,7 +271,7 @@ struct LossInputs {
 
   LossInputs(const at::Tensor& predicted, const at::Tensor& wanted, const at::Tensor& steps,
              const at::Tensor& alphas_cumprod, const std::string& prediction_type, std::optional<double> snr_gamma) {
-    check_dtype(predicted, "prediction");
+    check_floating(predicted, "prediction");
     check_batch(predicted, "prediction");
     check_same(predicted, wanted, "prediction", "target");
     check_timesteps(steps, alphas_cumprod, predicted);
@@ -336,11 +331,13 @@ std::tuple<at::Tensor, at::Tensor> diffusion_loss_backward(const at::Tensor& gra
 at::Tensor diffusion_noise(const at::Tensor& seeds, const std::vector<int64_t>& shape, int64_t step,
                            c10::ScalarType dtype) {
   check_dim(seeds, 1, "seeds");
+  for (const int64_t n : shape)
+    TORCH_CHECK_VALUE(n >= 0, "shape: expected no negative size, got ", at::IntArrayRef(shape));
   TORCH_CHECK_TYPE(seeds.scalar_type() == at::kLong, "seeds: expected Long, got ", seeds.scalar_type());
   std::vector<int64_t> sizes{seeds.size(0)};
   sizes.insert(sizes.end(), shape.begin(), shape.end());
   const auto out = at::empty(sizes, seeds.options().dtype(dtype)), keys = seeds.contiguous();
-  check_dtype(out, "dtype");
+  check_floating(out, "dtype");
   DiffusionNoiseParams params{};
   params.dtype = dtype;
   params.samples = seeds.size(0);
@@ -363,6 +360,7 @@ namespace {
 template <typename Row>
 at::Tensor coefficient_rows(const at::Tensor& of, int64_t columns, c10::ScalarType dtype, const at::Tensor& steps,
                             const Row& row) {
+  check_dense(of, "rows");
   TORCH_CHECK_VALUE(of.dim() == 2 && of.size(1) == columns && of.is_cpu() && of.scalar_type() == dtype,
                     "expected (rows, ", columns, ") of ", dtype, " on the CPU, got ", of.sizes(), " of ",
                     of.scalar_type());

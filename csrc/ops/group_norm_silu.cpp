@@ -1,6 +1,5 @@
 #include "csrc/ops/group_norm_silu.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -25,9 +24,8 @@ struct Problem {
 
   Problem(const at::Tensor& input, int64_t groups, const std::optional<at::Tensor>& gamma,
           const std::optional<at::Tensor>& beta) {
+    check_floating(input, "x");
     const auto dtype = input.scalar_type();
-    TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
-                     "x: expected float32, bfloat16, float16 or float64, got ", dtype);
     TORCH_CHECK_VALUE(input.dim() >= 2, "x: expected (samples, channels, ...), got shape ", input.sizes());
     const int64_t channels = input.size(1);
     TORCH_CHECK_VALUE(groups >= 1 && channels % groups == 0, "num_groups: expected a divisor of the ", channels,
@@ -51,12 +49,12 @@ struct Problem {
 
   at::Tensor parameter(const std::optional<at::Tensor>& t, const char* name, int64_t channels) const {
     if (!t) return {};
+    check_floating(*t, name);
     TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == channels, name, ": expected shape [", channels, "], got ",
                       t->sizes());
     TORCH_CHECK_TYPE(t->scalar_type() == x.scalar_type() || t->scalar_type() == at::kFloat, name,
                      ": expected float32 or the dtype of x, ", x.scalar_type(), ", got ", t->scalar_type());
-    TORCH_CHECK_VALUE(t->device() == x.device(), name, ": expected the device of x, ", x.device(), ", got ",
-                      t->device());
+    check_device(*t, name, x);
     return t->to(acc).contiguous();
   }
 
@@ -66,7 +64,8 @@ struct Problem {
     int64_t bytes = width * (2 * 8 + 7 * size);
     if (z && acc.dtype() != x.dtype()) bytes += group_norm_silu_width(params) * params.places * size;
     params.scratch_bytes = (bytes + 63) / 64 * 64;
-    slices = scratch.reserve_bytes(at::get_num_threads() * params.scratch_bytes);
+    params.threads = thread_count();
+    slices = scratch.reserve_bytes(params.threads * params.scratch_bytes);
   }
   Scratch::Offset slices{};
 };
@@ -109,6 +108,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_forward(const at:
                                                                        const std::optional<at::Tensor>& bias,
                                                                        double eps) {
   Problem problem(x, num_groups, weight, bias);
+  TORCH_CHECK_VALUE(eps >= 0 && std::isfinite(eps), "eps: expected a number from 0 on, got ", eps);
   auto& params = problem.params;
   const auto out = at::empty_like(problem.x);
   const auto mean = at::empty({params.samples, num_groups}, problem.acc), rstd = at::empty_like(mean);
@@ -138,10 +138,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_backward(
   check_same(x, grad_out, "x", "grad_out");
   Problem problem(x, num_groups, weight, bias);
   auto& params = problem.params;
-  for (const auto* t : {&mean, &rstd})
+  for (const auto* t : {&mean, &rstd}) {
+    check_dense(*t, "mean, rstd");
     TORCH_CHECK_VALUE(t->sizes() == at::IntArrayRef({params.samples, num_groups}) && t->scalar_type() == acc_type(x) &&
                           t->device() == x.device(),
                       "mean, rstd: expected what forward returned, got ", t->scalar_type(), " of shape ", t->sizes());
+  }
   const auto grad = grad_out.contiguous(problem.format), means = mean.contiguous(), rstds = rstd.contiguous();
   const auto grad_x = at::empty_like(problem.x);
   const auto grad_weight = at::empty({params.channels}, problem.acc), grad_bias = at::empty_like(grad_weight);

@@ -34,8 +34,9 @@ struct GroupNormSiluParams {
   void* grad_x;
   double* grad_parameters;        // (2, samples, channels): the parts of grad γ and grad β
   void *grad_weight, *grad_bias;  // acc (channels)
-  std::byte* scratch;             // a slice per thread, 64-byte aligned
-  int64_t scratch_bytes;          // of a slice
+  int64_t threads;
+  std::byte* scratch;     // a slice per thread, 64-byte aligned
+  int64_t scratch_bytes;  // of a slice
 };
 
 /// Channels that a thread takes at once: those of one group, or with channels_last of so many that rows are long.

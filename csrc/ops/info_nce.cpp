@@ -1,7 +1,7 @@
 #include "csrc/ops/info_nce.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "csrc/common/check.h"
@@ -22,7 +22,7 @@ void check_inputs(const at::Tensor& z1, const at::Tensor& z2, const at::Tensor& 
   check_floating(z1, "z1");
   check_same(z1, z2, "z1", "z2");
   TORCH_CHECK_VALUE(z1.numel() > 0, "z1: expected at least one row and one column, got shape ", z1.sizes());
-  TORCH_CHECK_VALUE(temperature.numel() == 1, "temperature: expected one element, got shape ", temperature.sizes());
+  check_scalar(temperature, "temperature");
 }
 
 void check_reduction(const std::string& reduction) {
@@ -33,6 +33,10 @@ void check_reduction(const std::string& reduction) {
 void check_gradient(const at::Tensor& grad_loss, const at::Tensor& z1, const at::Tensor& lse,
                     const std::string& reduction) {
   const int64_t row_count = 2 * z1.size(0);
+  check_dense(lse, "lse");
+  check_floating(grad_loss, "grad_loss");
+  check_device(lse, "lse", z1);
+  check_device(grad_loss, "grad_loss", z1);
   TORCH_CHECK_VALUE(lse.dim() == 1 && lse.size(0) == row_count && lse.scalar_type() == at::kDouble,
                     "lse: expected the second result of info_nce_forward, float64 of shape [", row_count, "], got ",
                     lse.scalar_type(), " of shape ", lse.sizes());
@@ -59,10 +63,14 @@ struct CudaProblem {
                       first.device(), " or the CPU, got one on ", t.device());
     z1 = first.contiguous();
     z2 = second.contiguous();
-    if (is_host_tensor(t))
+    if (is_host_tensor(t)) {
       known_temperature = t.item<float>();
-    else
+      TORCH_CHECK_VALUE(
+          known_temperature > 0 && std::isfinite(known_temperature) && std::isfinite(1 / known_temperature),
+          "temperature: expected a positive number of finite inverse, got ", t.item<double>());
+    } else {
       temperature = t.to(at::kFloat).contiguous();
+    }
     floats = first.options().dtype(at::kFloat).requires_grad(false);
   }
 
@@ -134,12 +142,11 @@ struct Problem {
   bool bf16_products;
   int terms;  // of a number in bfloat16 products
   at::TensorOptions acc;
-  int64_t acc_bytes;
+  int64_t acc_bytes, threads;
 
   Problem(const at::Tensor& first, const at::Tensor& second, const at::Tensor& temperature) {
     TORCH_CHECK_VALUE(first.is_cpu(), "z1: expected a CPU tensor, got one on ", first.device());
-    const double t = temperature.item<double>();
-    TORCH_CHECK_VALUE(t > 0 && std::isfinite(t), "temperature: expected a positive number, got ", t);
+    const double t = finite_scalar(temperature, "temperature", first.scalar_type());
     z1 = first.contiguous();
     z2 = second.contiguous();
     batch = z1.size(0);
@@ -148,6 +155,9 @@ struct Problem {
     elements = padded_rows * padded_dim();
     const auto dtype = z1.scalar_type();
     scale = dtype == at::kDouble ? 1 / t : static_cast<float>(1 / t);  // the one that the kernels multiply with
+    TORCH_CHECK_VALUE(t > 0 && std::isfinite(scale), "temperature: expected a positive number of finite inverse, got ",
+                      t);
+    threads = thread_count();
     const auto capability = cpu_capability();
     bf16_products = scale <= kInfoNceBoundedScale &&
                     (dtype == at::kBFloat16 ? capability >= CpuCapability::Avx512Bf16
@@ -176,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
   Scratch scratch;
   const int64_t forms = problem.bf16_products ? problem.terms : 2;
   const auto rows = scratch.reserve_bytes(forms * problem.elements * problem.acc_bytes);
-  const auto row_scratch = scratch.reserve<float>(3 * at::get_num_threads() * problem.padded_dim());
+  const auto row_scratch = scratch.reserve<float>(3 * problem.threads * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto max = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto sum = scratch.reserve<double>(problem.padded_rows);
@@ -189,6 +199,7 @@ std::tuple<at::Tensor, at::Tensor> info_nce_forward(const at::Tensor& z1, const 
   params.z1 = problem.z1.const_data_ptr();
   params.z2 = problem.z2.const_data_ptr();
   params.scale = problem.scale;
+  params.threads = problem.threads;
   params.rows = scratch.at(rows);
   params.row_scratch = scratch.at(row_scratch);
   params.inv_norm = scratch.at(inv_norm);
@@ -237,12 +248,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   const auto rows = scratch.reserve_bytes((problem.bf16_products ? problem.terms + gradient_terms : 2) *
                                           problem.elements * problem.acc_bytes);
   const auto grad_rows = scratch.reserve_bytes((problem.bf16_products ? 2 : 1) * problem.elements * problem.acc_bytes);
-  const auto row_scratch = scratch.reserve<float>(3 * at::get_num_threads() * problem.padded_dim());
+  const auto row_scratch = scratch.reserve<float>(3 * problem.threads * problem.padded_dim());
   const auto inv_norm = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto shift = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto factor = scratch.reserve_bytes(problem.padded_rows * problem.acc_bytes);
   const auto row_dot = scratch.reserve<double>(problem.padded_rows);
-  const auto tiles = scratch.reserve_bytes(at::get_num_threads() * tile_bytes);
+  const auto tiles = scratch.reserve_bytes(problem.threads * tile_bytes);
   scratch.allocate();
 
   InfoNceBackwardParams params{};
@@ -252,6 +263,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
   params.z1 = problem.z1.const_data_ptr();
   params.z2 = problem.z2.const_data_ptr();
   params.scale = problem.scale;
+  params.threads = problem.threads;
   params.lse = lse_rows.const_data_ptr<double>();
   params.grad_loss = grad_acc.const_data_ptr();
   params.grad_loss_stride = reduction == "none" ? 1 : 0;
@@ -277,6 +289,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> info_nce_backward(const at::Tenso
 
 namespace {
 
+/// torch.ops.sslfast.info_nce_backward, which Python registers.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> dispatched_backward(const at::Tensor& grad_loss, const at::Tensor& z1,
+                                                                   const at::Tensor& z2, const at::Tensor& temperature,
+                                                                   const at::Tensor& lse,
+                                                                   const std::string& reduction) {
+  using Backward = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+      const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, c10::string_view);
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("sslfast::info_nce_backward", "").typed<Backward>();
+  return op.call(grad_loss, z1, z2, temperature, lse, reduction);
+}
+
 /// nt_xent in eager mode. An autograd function in Python takes 0.1 ms more a step, a quarter of one at batch 256.
 struct NTXent : torch::autograd::Function<NTXent> {
   static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& z1, const at::Tensor& z2,
@@ -292,8 +316,13 @@ struct NTXent : torch::autograd::Function<NTXent> {
     TORCH_CHECK(!at::GradMode::is_enabled(),
                 "nt_xent has no second derivative: call backward or grad without create_graph=True");
     const auto saved = ctx->get_saved_variables();
+    const auto& reduction = ctx->saved_data["reduction"].toStringRef();
+    const at::Tensor& grad = grads[0];
+    // A gradient without memory of its own, such as a batch of them under vmap, is the dispatcher's.
+    const bool dense = grad.has_storage() && !grad.is_neg() && !grad._is_zerotensor();
     auto [grad_z1, grad_z2, grad_temperature] =
-        info_nce_backward(grads[0], saved[0], saved[1], saved[2], saved[3], ctx->saved_data["reduction"].toStringRef());
+        dense ? info_nce_backward(grad, saved[0], saved[1], saved[2], saved[3], reduction)
+              : dispatched_backward(grad, saved[0], saved[1], saved[2], saved[3], reduction);
     return {grad_z1, grad_z2, grad_temperature, at::Tensor()};
   }
 };

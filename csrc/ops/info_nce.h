@@ -35,9 +35,10 @@ inline constexpr double kInfoNceBoundedScale = 40.0;
 struct InfoNceForwardParams {
   c10::ScalarType dtype;  // of z1 and z2
   int64_t batch, dim;
-  const void* z1;     // (batch, dim)
-  const void* z2;     // (batch, dim)
-  double scale;       // s = 1/temperature
+  const void* z1;  // (batch, dim)
+  const void* z2;  // (batch, dim)
+  double scale;    // s = 1/temperature
+  int64_t threads;
   void* rows;         // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: terms·)
   void* row_scratch;  // scratch, float: 3·threads·padded_dim
   void* inv_norm;     // scratch, acc: padded_rows
@@ -57,6 +58,7 @@ struct InfoNceBackwardParams {
   const void* grad_loss;     // acc: (2·batch), or one value for all rows if grad_loss_stride is 0
   int64_t grad_loss_stride;  // 1 or 0
   double grad_loss_factor;   // multiplies grad_loss (1/(2·batch) for a mean)
+  int64_t threads;
   void* rows;                // scratch, acc: 2·padded_rows·padded_dim (bfloat16 products: (terms + gradient terms)·)
   void* row_scratch;         // scratch, float: 3·threads·padded_dim
   void* inv_norm;            // scratch, acc: padded_rows

@@ -72,7 +72,7 @@ Rotate4CudaParams cuda_params(const Rotate4Params& p) {
 }
 #endif
 
-void check_device(const at::Tensor& t, const char* name) {
+void require_cpu(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
 }
 
@@ -80,6 +80,9 @@ void check_device(const at::Tensor& t, const char* name) {
 
 std::tuple<at::Tensor, at::Tensor> rotate4_forward(const at::Tensor& images) {
   check_images(images, "images");
+  if (images.numel() == 0)
+    return {images.repeat({4, 1, 1, 1}),
+            at::arange(4, images.options().dtype(at::kLong)).repeat_interleave(images.size(0))};
   const bool channels_last = is_channels_last(images);
   const at::Tensor x = dense_images(images, channels_last);
   const int64_t n = x.size(0);
@@ -99,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> rotate4_forward(const at::Tensor& images) {
     return {y, labels};
   }
 #endif
-  check_device(x, "images");
+  require_cpu(x, "images");
   SSLFAST_CPU_DISPATCH(launch_rotate4_forward_cpu, p);
   return {y, labels};
 }
@@ -108,6 +111,7 @@ at::Tensor rotate4_backward(const at::Tensor& grad) {
   check_images(grad, "grad");
   check_floating(grad, "grad");
   TORCH_CHECK_VALUE(grad.size(0) % 4 == 0, "grad: expected a multiple of four images, got shape ", grad.sizes());
+  if (grad.numel() == 0) return grad.narrow(0, 0, grad.size(0) / 4).clone();
   const bool channels_last = is_channels_last(grad);
   const at::Tensor g = grad.contiguous(format(channels_last));
   const auto dx = at::empty({g.size(0) / 4, g.size(1), g.size(2), g.size(3)}, g.options().requires_grad(false),
@@ -123,7 +127,7 @@ at::Tensor rotate4_backward(const at::Tensor& grad) {
     return dx;
   }
 #endif
-  check_device(g, "grad");
+  require_cpu(g, "grad");
   SSLFAST_CPU_DISPATCH(launch_rotate4_backward_cpu, p);
   return dx;
 }

@@ -1,7 +1,6 @@
 #include "csrc/ops/sigmoid_loss.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 
@@ -37,9 +36,8 @@ struct Outputs {
 Outputs forward_cuda(const at::Tensor& queries, const at::Tensor& keys, const at::Tensor& given_scale,
                      const at::Tensor& given_bias, int64_t first_key, bool gradients) {
   const CudaScope scope(queries);
-  for (const auto& [name, t] : {std::pair{"scale", given_scale}, std::pair{"bias", given_bias}})
-    TORCH_CHECK_VALUE(t.device() == queries.device(), name, ": expected a tensor on ", queries.device(),
-                      ", got one on ", t.device());
+  check_device(given_scale, "scale", queries);
+  check_device(given_bias, "bias", queries);
   TORCH_CHECK_VALUE(std::max(queries.size(0), keys.size(0)) <= kSigmoidLossCudaMaxRows,
                     "queries, keys: expected at most ", kSigmoidLossCudaMaxRows, " rows on CUDA, got ", queries.size(0),
                     " and ", keys.size(0));
@@ -80,14 +78,15 @@ Outputs forward_cpu(const at::Tensor& queries, const at::Tensor& keys, const at:
   p.dim = queries.size(1);
   p.query_data = queries.const_data_ptr();
   p.key_data = keys.const_data_ptr();
-  p.scale = scale.item<double>();
-  p.bias = bias.item<double>();
+  p.scale = finite_scalar(scale, "scale", dtype);
+  p.bias = finite_scalar(bias, "bias", dtype);
   p.first_key = first_key;
 
   const int64_t rows = padded(p.rows), columns = padded(p.keys), dim = padded(p.dim);
   const bool bf16_products = use_bf16_products(dtype, p.rows, p.keys);
   p.plan = {bf16_products, matrix_block(rows, bf16_products), matrix_block(columns, bf16_products)};
-  const int64_t acc_bytes = is_double ? 8 : 4, threads = at::get_num_threads();
+  const int64_t acc_bytes = is_double ? 8 : 4, threads = thread_count();
+  p.threads = threads;
   p.tile_bytes = matrix_tile_bytes(p.plan.row_block, p.plan.key_block, bf16_products, acc_bytes);
   Scratch scratch;
   const auto reserve = [&](int64_t elements) { return scratch.reserve_bytes(elements * acc_bytes); };
@@ -122,8 +121,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> sigmoid_l
     int64_t first_key, bool gradients) {
   check_rows(queries, "queries", queries);
   check_rows(keys, "keys", queries);
-  TORCH_CHECK_VALUE(scale.numel() == 1, "scale: expected one element, got shape ", scale.sizes());
-  TORCH_CHECK_VALUE(bias.numel() == 1, "bias: expected one element, got shape ", bias.sizes());
+  check_scalar(scale, "scale");
+  check_scalar(bias, "bias");
   const auto q = queries.contiguous(), k = keys.contiguous();
   first_key = std::clamp(first_key, -q.size(0), k.size(0));  // beyond these no row has a key of its own
 #if defined(SSLFAST_WITH_CUDA)

@@ -34,6 +34,7 @@ struct SigmoidLossForwardParams {
   double scale, bias;
   int64_t first_key;
   SigmoidLossPlan plan;
+  int64_t threads;
   void* key_bias;        // scratch, acc: padded N
   void* packed_queries;  // scratch, acc: 3·padded M·padded D
   void* packed_keys;     // scratch, acc: 3·padded N·padded D

@@ -1,9 +1,9 @@
 #include "csrc/ops/similarity_lse.h"
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "csrc/common/check.h"
 #include "csrc/common/matrix_plan.h"
@@ -20,23 +20,24 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 void check_vector(const at::Tensor& t, int64_t size, const char* name, const at::Tensor& like) {
+  check_floating(t, name);
   TORCH_CHECK_VALUE(t.dim() == 1 && t.size(0) == size && t.device() == like.device(), name, ": expected shape [", size,
                     "] on ", like.device(), ", got ", t.sizes(), " on ", t.device());
 }
 
 void check_exclude(const at::Tensor& t, const at::Tensor& queries) {
+  check_dense(t, "exclude");
   TORCH_CHECK_VALUE(t.dim() == 2 && t.size(0) == queries.size(0) && t.scalar_type() == at::kLong,
                     "exclude: expected int64 of shape [", queries.size(0), ", any], got ", t.scalar_type(),
                     " of shape ", t.sizes());
-  TORCH_CHECK_VALUE(t.device() == queries.device(), "exclude: expected a tensor on ", queries.device(), ", got one on ",
-                    t.device());
+  check_device(t, "exclude", queries);
 }
 
 void check_inputs(const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale,
                   const OptionalTensor& exclude, const OptionalTensor& key_bias) {
   check_rows(queries, "queries", queries);
   if (keys) check_rows(*keys, "keys", queries);
-  TORCH_CHECK_VALUE(scale.numel() == 1, "scale: expected one element, got shape ", scale.sizes());
+  check_scalar(scale, "scale");
   if (exclude) check_exclude(*exclude, queries);
   if (key_bias) check_vector(*key_bias, (keys ? *keys : queries).size(0), "key_bias", queries);
 }
@@ -52,6 +53,28 @@ void check_gradients(const at::Tensor& queries, const OptionalTensor& keys, cons
   check_vector(*lse_columns, keys->size(0), "lse_columns", queries);
   check_vector(*grad_columns, keys->size(0), "grad_columns", queries);
 }
+
+/// The inputs without what a key_bias of −inf leaves out for all rows: that may hold anything, such as the NaN of
+/// padding that nobody wrote, and 0·NaN would be NaN. Without keys a row that is left out as a key is still a query:
+/// its values stay unless they are not finite; then the row is `broken`, and its own result NaN. No wait for a device.
+struct Visible {
+  at::Tensor queries;
+  OptionalTensor keys;
+  at::Tensor broken;  // bool (M,), or undefined for none
+
+  Visible(const at::Tensor& given_queries, const OptionalTensor& given_keys, const OptionalTensor& key_bias)
+      : queries(given_queries), keys(given_keys) {
+    if (!key_bias) return;
+    const auto hidden = key_bias->eq(-std::numeric_limits<double>::infinity());
+    if (hidden.is_cpu() && !hidden.any().item<bool>()) return;
+    if (keys) {
+      keys = keys->masked_fill(hidden.unsqueeze(1), 0);
+    } else {
+      broken = hidden.logical_and(queries.isfinite().all(1).logical_not());
+      queries = queries.masked_fill(broken.unsqueeze(1), 0);
+    }
+  }
+};
 
 #if defined(SSLFAST_WITH_CUDA)
 /// What forward and backward have in common on CUDA. Nothing here waits for the device.
@@ -74,8 +97,7 @@ struct CudaCall {
     TORCH_CHECK_VALUE(problem.rows <= kSimilarityLseCudaMaxRows && problem.keys <= kSimilarityLseCudaMaxRows,
                       "queries, keys: expected at most ", kSimilarityLseCudaMaxRows, " rows on CUDA, got ",
                       problem.rows, " and ", problem.keys);
-    TORCH_CHECK_VALUE(given_scale.device() == queries.device(), "scale: expected a tensor on ", queries.device(),
-                      ", got one on ", given_scale.device());
+    check_device(given_scale, "scale", queries);
     scale = given_scale.to(at::kFloat).contiguous();
     problem.query_data = queries.const_data_ptr();
     problem.key_data = keys.defined() ? keys.const_data_ptr() : nullptr;
@@ -172,7 +194,8 @@ struct CpuCall {
     problem.dim = queries.size(1);
     problem.query_data = queries.const_data_ptr();
     problem.key_data = keys.defined() ? keys.const_data_ptr() : nullptr;
-    problem.scale = scale.item<double>();
+    problem.scale = finite_scalar(scale, "scale", dtype);
+    problem.threads = thread_count();
     if (given_exclude) read_exclude(*given_exclude);
     if (key_bias) {
       bias = key_bias->to(acc.dtype()).contiguous();
@@ -215,11 +238,11 @@ struct CpuCall {
 
   void reserve_common() {
     const auto& plan = problem.plan;
-    const int64_t threads = at::get_num_threads();
     problem.tile_bytes = matrix_tile_bytes(plan.row_block, plan.key_block, plan.bf16_products, acc_bytes);
     problem.hidden_count = (plan.row_block + plan.key_block) * problem.exclude_count;
     offsets = {reserve(padded_rows), reserve(padded_keys), reserve((symmetric() ? 5 : 3) * padded_rows * padded_dim),
-               scratch.reserve_bytes(threads * problem.tile_bytes), reserve(threads * problem.hidden_count)};
+               scratch.reserve_bytes(problem.threads * problem.tile_bytes),
+               reserve(problem.threads * problem.hidden_count)};
   }
 
   void allocate() {
@@ -245,11 +268,11 @@ struct CpuCall {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
-    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const OptionalTensor& exclude,
-    const OptionalTensor& key_bias, bool columns, bool key_sum) {
-  check_inputs(queries, keys, scale, exclude, key_bias);
-  TORCH_CHECK_VALUE(keys || !(columns || key_sum), "columns, key_sum: expected keys");
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& queries, const OptionalTensor& keys,
+                                                       const at::Tensor& scale, const OptionalTensor& exclude,
+                                                       const OptionalTensor& key_bias, bool columns, bool key_sum) {
 #if defined(SSLFAST_WITH_CUDA)
   if (is_cuda_tensor(queries)) return forward_cuda({queries, keys, scale, exclude, key_bias}, columns, key_sum);
 #endif
@@ -263,8 +286,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
 
   call.reserve_common();
   auto& scratch = call.scratch;
-  const auto packed_keys =
-      call.reserve(call.symmetric() ? 0 : at::get_num_threads() * 3 * p.plan.key_block * call.padded_dim);
+  const auto packed_keys = call.reserve(call.symmetric() ? 0 : p.threads * 3 * p.plan.key_block * call.padded_dim);
   const auto row_max = call.reserve(segments * call.padded_rows);
   const auto row_sum = scratch.reserve<double>(segments * call.padded_rows);
   const auto column_max = call.reserve(groups * call.padded_keys);
@@ -287,12 +309,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
   return {lse, lse_columns, sums};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
-    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const at::Tensor& lse,
-    const at::Tensor& grad_lse, const OptionalTensor& exclude, const OptionalTensor& key_bias,
-    const OptionalTensor& lse_columns, const OptionalTensor& grad_columns) {
-  check_inputs(queries, keys, scale, exclude, key_bias);
-  check_gradients(queries, keys, lse, grad_lse, lse_columns, grad_columns);
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(const at::Tensor& queries, const OptionalTensor& keys,
+                                                        const at::Tensor& scale, const at::Tensor& lse,
+                                                        const at::Tensor& grad_lse, const OptionalTensor& exclude,
+                                                        const OptionalTensor& key_bias,
+                                                        const OptionalTensor& lse_columns,
+                                                        const OptionalTensor& grad_columns) {
 #if defined(SSLFAST_WITH_CUDA)
   if (is_cuda_tensor(queries)) {
     auto [grad_queries, grad_keys, grad] =
@@ -318,7 +340,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
   const auto column_shift = call.reserve(call.padded_keys), column_factor = call.reserve(call.padded_keys);
   const auto row_sums = call.reserve(call.padded_rows * call.padded_dim);
   const auto column_sums = call.reserve(call.padded_keys * call.padded_dim);
-  const auto row_scratch = call.reserve(2 * at::get_num_threads() * call.padded_dim);
+  const auto row_scratch = call.reserve(2 * p.threads * call.padded_dim);
   const auto row_dot = scratch.reserve<double>(p.rows);
   call.allocate();
 
@@ -342,6 +364,33 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
   params.grad_scale = grad_scale.data_ptr<double>();
   SSLFAST_CPU_DISPATCH(launch_similarity_lse_backward_cpu, params);
   return {grad_queries, grad_keys, grad_scale.reshape(scale.sizes()).to(scale.scalar_type())};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_forward(
+    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const OptionalTensor& exclude,
+    const OptionalTensor& key_bias, bool columns, bool key_sum) {
+  check_inputs(queries, keys, scale, exclude, key_bias);
+  TORCH_CHECK_VALUE(keys || !(columns || key_sum), "columns, key_sum: expected keys");
+  const Visible visible(queries, keys, key_bias);
+  auto found = forward(visible.queries, visible.keys, scale, exclude, key_bias, columns, key_sum);
+  if (visible.broken.defined())
+    std::get<0>(found).masked_fill_(visible.broken, std::numeric_limits<double>::quiet_NaN());
+  return found;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> similarity_lse_backward(
+    const at::Tensor& queries, const OptionalTensor& keys, const at::Tensor& scale, const at::Tensor& lse,
+    const at::Tensor& grad_lse, const OptionalTensor& exclude, const OptionalTensor& key_bias,
+    const OptionalTensor& lse_columns, const OptionalTensor& grad_columns) {
+  check_inputs(queries, keys, scale, exclude, key_bias);
+  check_gradients(queries, keys, lse, grad_lse, lse_columns, grad_columns);
+  const Visible visible(queries, keys, key_bias);
+  // An lse of −inf: a row without gradient.
+  const auto rows =
+      visible.broken.defined() ? lse.masked_fill(visible.broken, -std::numeric_limits<double>::infinity()) : lse;
+  return backward(visible.queries, visible.keys, scale, rows, grad_lse, exclude, key_bias, lse_columns, grad_columns);
 }
 
 }  // namespace sslfast

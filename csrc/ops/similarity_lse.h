@@ -48,6 +48,7 @@ struct SimilarityLseProblem {
   int64_t exclude_count;
   const void* key_bias;  // acc: (N), or null
   SimilarityLsePlan plan;
+  int64_t threads;
   void* row_bias;        // scratch, acc: padded M
   void* column_bias;     // scratch, acc: padded N
   void* packed_queries;  // scratch, acc: 3·padded M·padded D (without keys 5·)

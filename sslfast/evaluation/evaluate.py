@@ -15,7 +15,7 @@ from sslfast.evaluation.neighbours import nearest
 from sslfast.models import build_encoder
 from sslfast.training import checkpoint, data, files
 from sslfast.training.loop import load_images
-from sslfast.training.options import UseOptions, Whole, check
+from sslfast.training.options import UseOptions, Whole, check, check_device
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -55,6 +55,7 @@ def evaluate(
 
     config = checkpoint.load_config(run)
     device = device or config["device"]
+    check_device(device)
     untrained, trained = load_encoder(run, trained=False), load_encoder(run)
     train, test = (load_images(config, split, where, data_dir) for split in ("train", "test"))
     plots.loss_curve(run / "metrics.jsonl", run / "loss.png")

@@ -5,7 +5,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslfast import distributed
-from sslfast.losses._common import check_pairs, check_ranks, compute_dtype, row_dots
+from sslfast.losses._common import (
+    as_scalar,
+    check_pairs,
+    check_ranks,
+    compute_dtype,
+    losses_of,
+    mean,
+    overrides,
+    row_dots,
+    same_dtype,
+)
 from sslfast.ops.sigmoid_loss import sigmoid_loss
 from sslfast.ops.similarity_lse import similarity_lse
 
@@ -66,21 +76,54 @@ class ClipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         check_pairs(("image_features", image_features), ("text_features", text_features))
         check_ranks(self.rank, self.world_size)
-        if self.world_size > 1 and self.local_loss:
-            loss = self._of_own_rows(image_features, text_features, logit_scale)
+        if overrides(self, ClipLoss, "get_logits", "get_ground_truth"):
+            logits = self.get_logits(image_features, text_features, logit_scale, logit_bias)
+            labels = self.get_ground_truth(image_features.device, len(logits[0]))
+            loss = (F.cross_entropy(logits[0], labels) + F.cross_entropy(logits[1], labels)) / 2
         else:
-            images, texts = image_features, text_features
-            if self.world_size > 1:
-                gather = distributed.all_gather if self.gather_with_grad else _all_gather_own_gradient
-                images, texts = gather(images), gather(texts)
-            own = torch.arange(len(images), device=images.device)
-            per_image, per_text = similarity_lse(images, texts, logit_scale, exclude=own, columns=True)
-            positives = logit_scale * row_dots(images, texts)
-            loss = F.softplus(torch.stack((per_image, per_text)) - positives).mean()
-        if logit_bias is not None:
-            loss = loss + 0 * logit_bias
-        loss = loss.to(compute_dtype(image_features))
+            loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, images: Tensor, texts: Tensor, logit_scale, logit_bias) -> Tensor:
+        scale, bias = as_scalar("logit_scale", logit_scale), as_scalar("logit_bias", logit_bias)
+        images, texts = same_dtype(images, texts)
+        if self.world_size > 1 and self.local_loss:
+            loss = self._of_own_rows(images, texts, scale)
+        else:
+            images, texts = self._everyones(images, texts)
+            own = torch.arange(len(images), device=images.device)
+            per_image, per_text = similarity_lse(images, texts, scale, exclude=own, columns=True)
+            positives = row_dots(images, texts)
+            loss = (mean(losses_of(per_image, scale, positives)) + mean(losses_of(per_text, scale, positives))) / 2
+        return (loss if logit_bias is None else loss + 0 * bias).to(compute_dtype(images))
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The logits of images (N, M), and of texts, as matrices; for subclasses: the loss needs them only if a
+        subclass overrides this."""
+        all_images, all_texts = self._everyones(image_features, text_features)
+        images, texts = (image_features, text_features) if self.local_loss else (all_images, all_texts)
+        bias = 0 if logit_bias is None else logit_bias
+        return logit_scale * images @ all_texts.T + bias, logit_scale * texts @ all_images.T + bias
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        """For each row of the logits the number of its positive; for subclasses, as `get_logits`."""
+        first = self.rank * num_logits if self.world_size > 1 and self.local_loss else 0
+        return torch.arange(first, first + num_logits, device=device)
+
+    def _everyones(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:
+        if self.world_size == 1:
+            return images, texts
+        if self.gather_with_grad:
+            return distributed.all_gather(images), distributed.all_gather(texts)
+        if self.local_loss:
+            return distributed.all_gather(images.detach()), distributed.all_gather(texts.detach())
+        return _all_gather_own_gradient(images), _all_gather_own_gradient(texts)
 
     def _of_own_rows(self, images: Tensor, texts: Tensor, logit_scale: float | Tensor) -> Tensor:
         """Own images against the texts of all ranks, and own texts against their images."""
@@ -89,7 +132,7 @@ class ClipLoss(nn.Module):
         for rows, keys in ((images, texts), (texts, images)):
             keys = keys if self.gather_with_grad else keys.detach()
             lse = distributed.similarity_lse(rows, keys, logit_scale, exclude=own, ring=self.ring)
-            total = total + F.softplus(lse - logit_scale * row_dots(rows, keys)).mean() / 2
+            total = total + mean(losses_of(lse, logit_scale, row_dots(rows, keys))) / 2
         return total
 
 
@@ -112,16 +155,27 @@ class SigLipLoss(nn.Module):
         cache_labels: has no effect: there are no labels.
         rank, world_size: of the process group of torch.distributed. A rank compares its images with the texts of all;
             the mean over ranks is the loss of the whole batch, and DistributedDataParallel's gradients are those of it.
-        dist_impl: has no effect: texts are gathered.
+        dist_impl: "bidir", "shift", "reduce" or "gather", which makes no difference: texts are gathered.
+        chunk_size: has no effect: logits are never stored.
 
     Raises:
         ValueError, TypeError: features of different shapes, dtypes or devices, on different ranks too; a rank or
             world_size that the process group does not have.
     """
 
-    def __init__(self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None):
+    def __init__(
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
+    ):
         super().__init__()
-        self.cache_labels, self.rank, self.world_size, self.dist_impl = cache_labels, rank, world_size, dist_impl
+        if dist_impl not in (None, "bidir", "shift", "reduce", "gather"):
+            raise ValueError(f"dist_impl: expected 'bidir', 'shift', 'reduce', 'gather' or None, got {dist_impl!r}")
+        self.cache_labels, self.rank, self.world_size = cache_labels, rank, world_size
+        self.dist_impl, self.chunk_size = dist_impl or "bidir", chunk_size
 
     def forward(
         self,
@@ -133,10 +187,36 @@ class SigLipLoss(nn.Module):
     ) -> Tensor | dict[str, Tensor]:
         check_pairs(("image_features", image_features), ("text_features", text_features))
         check_ranks(self.rank, self.world_size)
-        first_text = self.rank * len(text_features)
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         if self.world_size > 1:
-            text_features = distributed.all_gather(text_features)
-        bias = 0.0 if logit_bias is None else logit_bias
-        total = sigmoid_loss(image_features, text_features, logit_scale, bias, first_key=first_text)
-        loss = (total / len(image_features)).to(compute_dtype(image_features))
+            everyones = distributed.all_gather(text_features).split(len(text_features))
+            for texts in everyones[: self.rank] + everyones[self.rank + 1 :]:
+                loss = loss + self._loss(image_features, texts, logit_scale, logit_bias, negative_only=True)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _loss(self, images: Tensor, texts: Tensor, logit_scale, logit_bias=None, negative_only: bool = False) -> Tensor:
+        if overrides(self, SigLipLoss, "get_logits", "get_ground_truth"):
+            logits = self.get_logits(images, texts, logit_scale, logit_bias)
+            labels = self.get_ground_truth(images.device, images.dtype, len(images), negative_only=negative_only)
+            return -F.logsigmoid(labels * logits).sum() / len(images)
+        scale, bias = as_scalar("logit_scale", logit_scale), as_scalar("logit_bias", logit_bias)
+        images, texts = same_dtype(images, texts)
+        total = sigmoid_loss(images, texts, scale, bias, first_key=len(texts) if negative_only else 0)
+        return (total / len(images)).to(compute_dtype(images))
+
+    def get_logits(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: float | Tensor,
+        logit_bias: float | Tensor | None = None,
+    ) -> Tensor:
+        """The logits of images and texts as a matrix; for subclasses: the loss needs it only if one overrides this."""
+        return logit_scale * image_features @ text_features.T + (0 if logit_bias is None else logit_bias)
+
+    def get_ground_truth(
+        self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
+    ) -> Tensor:
+        """1 on the diagonal unless negative_only, −1 elsewhere; for subclasses, as `get_logits`."""
+        labels = torch.full((num_logits, num_logits), -1, device=device, dtype=dtype)
+        return labels if negative_only else labels.fill_diagonal_(1)

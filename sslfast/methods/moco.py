@@ -58,7 +58,7 @@ class MoCo(EncoderOptions):
     """Groups of a batch that pass BatchNorm by themselves, shuffled for the keys, and dealt to the ranks, one to each
     at least; 0: 8, or 1 in version 3."""
 
-    lr: Annotated[NotNegative, MAY_CHANGE] = 0.0
+    lr: Annotated[NotNegative, at_most(1e4), MAY_CHANGE] = 0.0
     """Learning rate at a batch of 256, which is multiplied by batch_size / 256; 0: 0.03, or 0.3 in version 3."""
     weight_decay: NotNegative = 5e-4
     """Weight decay of matrices and filters; biases and normalisation have none. The papers use 1e-4 for photographs."""

@@ -9,14 +9,24 @@ from torch import Tensor
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def largest_number(like: Tensor | None) -> float:
+    """The largest finite number of the arithmetic for `like`, which is float32 at least."""
+    return torch.finfo(torch.float64 if like is None or like.dtype == torch.float64 else torch.float32).max
+
+
+def check_dense(name: str, t: Tensor) -> None:
+    """Raise TypeError unless it is a dense tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.is_nested or t.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got {'a nested one' if t.is_nested else t.layout}")
+
+
 def check_floating(**tensors: Tensor) -> None:
-    """Raise TypeError unless each is a float32, bfloat16, float16 or float64 tensor."""
+    """Raise TypeError unless each is a dense float32, bfloat16, float16 or float64 tensor."""
     for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {t.dtype}")
-        if t.itemsize == 1:
+        check_dense(name, t)
+        if t.dtype not in ROW_DTYPES:
             raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
 
 
@@ -35,10 +45,7 @@ def check_like(name: str, t: Tensor, like_name: str, like: Tensor, shape: tuple[
 def check_rows(queries: Tensor, keys: Tensor) -> None:
     """Raise unless both are non-empty floating-point matrices of one width, dtype and device."""
     for name, t in (("queries", queries), ("keys", keys)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
-        if t.dtype not in ROW_DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {t.dtype}")
+        check_floating(**{name: t})
         if t.dim() != 2:
             raise ValueError(f"{name}: expected shape (rows, dim), got {tuple(t.shape)}")
         if t.shape[0] == 0 or t.shape[1] == 0:
@@ -51,17 +58,45 @@ def check_rows(queries: Tensor, keys: Tensor) -> None:
             raise ValueError(f"keys: expected the device of queries, {queries.device}, got {t.device}")
 
 
-def check_scalar(name: str, value: float | Tensor) -> None:
-    """Raise unless it is a finite number or a floating-point tensor with one element."""
+def check_scalar(name: str, value: float | Tensor, like: Tensor | None = None) -> None:
+    """Raise unless it is a number, finite in the arithmetic for `like`, or a floating-point tensor with one element."""
     if isinstance(value, Tensor):
+        check_floating(**{name: value})
         if value.numel() != 1:
             raise ValueError(f"{name}: expected one element, got shape {tuple(value.shape)}")
-        if not value.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    elif not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    elif not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+        if value.is_meta and like is not None and not like.is_meta:
+            raise ValueError(f"{name}: expected a tensor with a value, got one on meta")
+    elif abs(check_number(name, value)) > largest_number(like):
+        raise ValueError(f"{name}: expected at most {largest_number(like):g}, got {value}")
+
+
+def check_number(name: str, value: object, *, positive: bool = False) -> float:
+    """`value` as a float, or raise unless it is a finite number, or a positive one."""
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
+    return number
+
+
+def check_choice(name: str, value: object, choices: tuple) -> None:
+    """Raise unless it is one of the choices, which are all of one type."""
+    if not isinstance(value, type(choices[0])):
+        raise TypeError(f"{name}: expected one of {choices}, got {type(value).__name__}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_integer(name: str, value: int, low: int, high: int) -> None:
+    """Raise unless it is an int from `low` to `high`."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
 
 
 def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
@@ -70,4 +105,4 @@ def as_tensor(value: float | Tensor, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like.device)
     dtype = torch.float32 if like.is_cuda and like.dtype != torch.float64 else torch.float64
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), float(value), dtype=dtype, device=like.device)

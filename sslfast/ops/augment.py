@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
+from sslfast.ops._check import check_choice, check_dense, check_integer, check_number
+from sslfast.ops._route import DEVICES, refuse_other_derivatives
 
 STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
 """What `AugmentParams.order` counts: 0 is brightness, …, 6 is solarize."""
 
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _JITTER = STEPS[:4]
 _STAGES = {"jitter": _JITTER, "grayscale": ("grayscale",), "blur": ("blur",), "solarize": ("solarize",)}
 
@@ -56,15 +57,14 @@ class AugmentDistribution:
         _check_range("scale", self.scale, above=0.0, at_most=1.0)
         _check_range("ratio", self.ratio, above=0.0)
         for name in ("flip_p", "jitter_p", "grayscale_p", "blur_p", "solarize_p"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
+            if not 0.0 <= check_number(name, getattr(self, name)) <= 1.0:
                 raise ValueError(f"{name}: expected a probability from 0 to 1, got {getattr(self, name)}")
         for name in ("brightness", "contrast", "saturation"):
             _check_range(name, _factors(name, getattr(self, name)), at_least=0.0)
         _check_range("hue", _factors("hue", self.hue), at_least=-0.5, at_most=0.5)
         _check_range("sigma", _pair(self.sigma), above=0.0)
-        if math.isnan(self.solarize_threshold):
-            raise ValueError("solarize_threshold: expected a number, got nan")
-        if sorted(self.order) != sorted(_STAGES):
+        check_number("solarize_threshold", self.solarize_threshold)
+        if not isinstance(self.order, (tuple, list)) or sorted(map(str, self.order)) != sorted(_STAGES):
             raise ValueError(f"order: expected an order of {tuple(_STAGES)}, got {self.order!r}")
 
     def _packed(self) -> tuple[list[float], list[int]]:
@@ -125,15 +125,18 @@ def draw_params(
     Raises:
         ValueError, TypeError: if a number is out of its range or the lengths differ.
     """
-    views = [distributions] if isinstance(distributions, AugmentDistribution) else list(distributions)
-    sizes = torch.as_tensor(image_sizes, dtype=torch.int64, device="cpu").reshape(-1, 2).contiguous()
-    if (sizes < 1).any():
-        raise ValueError(f"image_sizes: expected heights and widths of at least 1, got {sizes.min()}")
-    for name, value, bound in (("seed", seed, 64), ("epoch", epoch, 32)):
-        if not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-        if not -(2 ** (bound - 1)) <= value < 2**bound or (name == "epoch" and value < 0):
-            raise ValueError(f"{name}: expected {bound} bits, got {value}")
+    views = list(distributions) if isinstance(distributions, Sequence) else [distributions]
+    for view in views:
+        if not isinstance(view, AugmentDistribution):
+            raise TypeError(f"distributions: expected one AugmentDistribution a view, got {type(view).__name__}")
+    sizes = _integers("image_sizes", image_sizes)
+    if sizes.numel() % 2:
+        raise ValueError(f"image_sizes: expected shape (images, 2), got {tuple(sizes.shape)}")
+    sizes = sizes.reshape(-1, 2)
+    if ((sizes < 1) | (sizes >= 2**31)).any():
+        raise ValueError(f"image_sizes: expected at least 1 and less than 2³¹ pixels, got {sizes.tolist()[:9]}")
+    check_integer("seed", seed, -(2**63), 2**64 - 1)
+    check_integer("epoch", epoch, 0, 2**32 - 1)
     return AugmentParams(
         *_C.augment_draw(sizes, _ids(sample_ids, len(sizes)), [v._packed() for v in views], seed % 2**64, epoch)
     )
@@ -178,18 +181,16 @@ def augment(
     """
     height, width = check_size(size)
     tensors, channels_first, channels = _images(images, layout)
-    if interpolation not in ("bilinear", "bicubic"):
-        raise ValueError(f'interpolation: expected "bilinear" or "bicubic", got {interpolation!r}')
+    check_choice("interpolation", interpolation, ("bilinear", "bicubic"))
     check_kernel_size(kernel_size)
     mean, std = _mean_std(mean, std, channels)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if not isinstance(dtype, torch.dtype) or dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"memory_format: expected contiguous_format or channels_last, got {memory_format}")
+    check_choice("memory_format", memory_format, (torch.contiguous_format, torch.channels_last))
     if not isinstance(params, AugmentParams):
         raise TypeError(f"params: expected AugmentParams, got {type(params).__name__}")
     channels_last = memory_format == torch.channels_last
-    if tensors[0].device.type not in _DEVICES:
+    if tensors[0].device.type not in DEVICES:
         batch = [x if channels_first else x.movedim(-1, 0) for x in (tensors[0] if tensors[0].dim() == 4 else tensors)]
         out = reference.augment.augment(
             batch, params, (height, width), interpolation, antialias, kernel_size, mean, std
@@ -224,8 +225,8 @@ def check_size(size) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(n, int) for n in pair):
         raise TypeError(f"size: expected an int or (height, width), got {size!r}")
-    if min(pair) < 1:
-        raise ValueError(f"size: expected at least 1 pixel, got {size!r}")
+    if min(pair) < 1 or math.prod(pair) >= 2**31:
+        raise ValueError(f"size: expected at least 1 pixel and less than 2³¹, got {size!r}")
     return pair
 
 
@@ -237,7 +238,7 @@ def check_kernel_size(kernel_size: int) -> None:
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::augment_forward", mutates_args=(), device_types=DEVICES)
 def _forward(
     images: list[Tensor],
     params: list[Tensor],
@@ -256,6 +257,9 @@ def _forward(
     return _C.augment_forward(
         images, params, channels_first, *size, interpolation, antialias, kernel_size, mean, std, dtype, channels_last
     )
+
+
+refuse_other_derivatives(_forward)
 
 
 @_forward.register_fake
@@ -278,7 +282,7 @@ def _factors(name: str, value) -> tuple[float, float]:
     """The range that torchvision's ColorJitter makes of one number."""
     if isinstance(value, Sequence):
         return tuple(value)
-    if value < 0:
+    if check_number(name, value) < 0:
         raise ValueError(f"{name}: expected a number ≥ 0 or (min, max), got {value}")
     return (-value, value) if name == "hue" else (max(0.0, 1.0 - value), 1.0 + value)
 
@@ -286,22 +290,34 @@ def _factors(name: str, value) -> tuple[float, float]:
 def _check_range(name, values, *, above=-math.inf, at_least=-math.inf, at_most=math.inf):
     if len(values) != 2:
         raise ValueError(f"{name}: expected (min, max), got {values!r}")
-    low, high = values
+    low, high = (check_number(name, value) for value in values)
     if not (above < low <= high <= at_most and low >= at_least and math.isfinite(high)):
         bounds = [f"> {above:g}"] * math.isfinite(above) + [f"≥ {at_least:g}"] * math.isfinite(at_least)
         bounds += [f"≤ {at_most:g}"] * math.isfinite(at_most)
         raise ValueError(f"{name}: expected min ≤ max, each {' and '.join(bounds)}, got {values!r}")
 
 
+def _integers(name: str, value) -> Tensor:
+    """`value` as an int64 tensor on the CPU, or raise."""
+    try:
+        t = torch.as_tensor(value, device=None if isinstance(value, Tensor) else "cpu")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"{name}: expected integers of 64 bits, got {type(value).__name__} ({error})") from None
+    check_dense(name, t)
+    if t.numel() and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
+        raise TypeError(f"{name}: expected integers, got {t.dtype}")
+    if t.is_meta:
+        raise ValueError(f"{name}: expected a tensor with values, got one on meta")
+    return t.to("cpu", torch.int64).contiguous()
+
+
 def _ids(sample_ids, count: int) -> Tensor:
     if sample_ids is None:
         return torch.arange(count)
-    ids = torch.as_tensor(sample_ids, device="cpu")
-    if ids.numel() and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool):
-        raise TypeError(f"sample_ids: expected integers, got {ids.dtype}")
+    ids = _integers("sample_ids", sample_ids)
     if ids.shape != (count,):
         raise ValueError(f"sample_ids: expected one id for each of the {count} images, got shape {tuple(ids.shape)}")
-    return ids.to(torch.int64).contiguous()
+    return ids
 
 
 def _mean_std(mean, std, channels: int) -> tuple[list[float], list[float]]:
@@ -322,14 +338,14 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
     if layout not in (None, "CHW", "HWC"):
         raise ValueError(f'layout: expected "CHW", "HWC" or None, got {layout!r}')
     if isinstance(images, Tensor):
+        check_dense("images", images)
         if images.dim() != 4:
             raise ValueError(f"images: expected a 4-D batch or a list of 3-D images, got shape {tuple(images.shape)}")
         tensors = [images]
     else:
         tensors = list(images)
         for i, image in enumerate(tensors):
-            if not isinstance(image, Tensor):
-                raise TypeError(f"images[{i}]: expected a tensor, got {type(image).__name__}")
+            check_dense(f"images[{i}]", image)
             if image.dim() != 3:
                 raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
         if not tensors:

@@ -7,15 +7,22 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_floating, check_like
-from sslfast.ops._eager import is_plain_eager
+from sslfast.ops._check import (
+    ROW_DTYPES,
+    check_choice,
+    check_dense,
+    check_floating,
+    check_integer,
+    check_like,
+    check_number,
+)
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 VARIANCES = ("fixed", "learned", "learned_range")
 REDUCTIONS = ("mean", "sum", "none")
 FIELDS = reference.diffusion.Coefficients._fields
 MAX_NORMALS = 2**26  # of a sample: kMaxNormals
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 
 def diffusion_noise(
@@ -38,13 +45,19 @@ def diffusion_noise(
     Raises:
         TypeError, ValueError: naming the argument.
     """
-    _check_seeds(seeds, seeds.shape[0] if isinstance(seeds, Tensor) and seeds.dim() else 0, None)
-    _check_step(step)
-    check_floating(dtype=torch.empty(0, dtype=dtype))
-    shape = [int(n) for n in shape]
-    if min(shape, default=1) < 0 or math.prod(shape) > MAX_NORMALS:
+    check_dense("seeds", seeds)
+    _check_seeds(seeds, seeds.shape[0] if seeds.dim() else 0, None)
+    check_integer("step", step, 0, 2**32 - 1)
+    if not isinstance(dtype, torch.dtype) or dtype not in ROW_DTYPES:
+        raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64, got {dtype}")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: expected a sequence of sizes, got {type(shape).__name__}")
+    shape = list(shape)
+    for n in shape:
+        check_integer("shape", n, 0, MAX_NORMALS)
+    if math.prod(shape) > MAX_NORMALS:
         raise ValueError(f"shape: expected at most {MAX_NORMALS} elements, got {tuple(shape)}")
-    if seeds.device.type in _DEVICES and is_plain_eager(seeds):
+    if seeds.device.type in DEVICES and route(seeds) == KERNEL:
         return _C.diffusion_noise(seeds, shape, step, dtype)
     return torch.ops.sslfast.diffusion_noise(seeds, shape, step, dtype)
 
@@ -81,7 +94,8 @@ def diffusion_step(
         variance: "fixed", or "learned" or "learned_range" if the model's output holds it in its second half.
 
     Returns:
-        The sample of the previous step, and x0; both contiguous.
+        The sample of the previous step, and x0; both contiguous. Where a gradient is wanted, or a derivative of another
+        kind, plain PyTorch runs: it has all of them.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -170,22 +184,19 @@ def diffusion_loss(
 # ------------------------------------------------------------------------------------------------------ registration
 
 
-def _has_kernel(t: Tensor) -> bool:
-    return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
-
-
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _run_diffusion_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance):
-    given = [t for t in (threshold, *history, noise, seeds) if t is not None]
     if threshold is not None:
         threshold = threshold.float()
-    if not _has_kernel(sample):
+    tensors = model, sample, coefficients, threshold, *history, noise, seeds
+    way = route(*tensors)
+    # Gradients are rare in sampling, and take less time than those of the network.
+    if way == REFERENCE or not has_kernel(sample) or _needs_grad(*tensors):
         return _reference_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance)
-    # Without the dispatcher, which would take longer than the step of a small batch.
-    if is_plain_eager(model, sample, coefficients, *given) and not _needs_grad(model, sample, threshold, *given):
+    if way == KERNEL:  # without the dispatcher, which would take longer than the step of a small batch
         return _C.diffusion_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance)
     return torch.ops.sslfast.diffusion_step(
         model, sample, coefficients, clip, threshold, history, noise, seeds, variance
@@ -207,27 +218,29 @@ def _noise_like(sample: Tensor, seeds: Tensor, step: int) -> Tensor:
 
 
 def _run_q_sample(x0, timesteps, alphas_cumprod, prediction_type, noise, seeds, step):
-    if not _has_kernel(x0):
-        noise = _noise_like(x0, seeds, step) if noise is None else noise
+    tensors = x0, timesteps, alphas_cumprod, noise, seeds
+    way = route(*tensors)
+    if way == REFERENCE or not has_kernel(x0) or _needs_grad(*tensors):  # as in diffusion_step
+        noise = _noise_like(x0.detach(), seeds, step) if noise is None else noise
         return reference.diffusion.q_sample(x0, timesteps, alphas_cumprod, noise, prediction_type)
-    given = [t for t in (noise, seeds) if t is not None]
-    if is_plain_eager(x0, timesteps, alphas_cumprod, *given) and not _needs_grad(x0, noise):
+    if way == KERNEL:
         return _C.diffusion_q_sample(x0, timesteps, alphas_cumprod, prediction_type, noise, seeds, step)
     return torch.ops.sslfast.diffusion_q_sample(x0, timesteps, alphas_cumprod, prediction_type, noise, seeds, step)
 
 
 def _run_diffusion_loss(prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma):
     args = (prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma)
-    if not _has_kernel(prediction):
+    way = route(*args)
+    if way == REFERENCE or not has_kernel(prediction):
         return reference.diffusion.diffusion_loss(*args, "none")
-    if is_plain_eager(*args[:4]):
+    if way == KERNEL:
         return _Loss.apply(*args)
     return torch.ops.sslfast.diffusion_loss_forward(*args)
 
 
 @torch.library.custom_op("sslfast::diffusion_noise", mutates_args=())
 def _noise(seeds: Tensor, shape: list[int], step: int, dtype: torch.dtype) -> Tensor:
-    if seeds.device.type in _DEVICES:
+    if seeds.device.type in DEVICES:
         return _C.diffusion_noise(seeds, shape, step, dtype)
     return _C.diffusion_noise(seeds.cpu(), shape, step, dtype).to(seeds.device)
 
@@ -251,7 +264,7 @@ def _(sample, coefficients, seeds):
     return sample.new_empty(sample.shape, dtype=torch.promote_types(sample.dtype, torch.float32))
 
 
-@torch.library.custom_op("sslfast::diffusion_step", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::diffusion_step", mutates_args=(), device_types=DEVICES)
 def _step(
     model_output: Tensor,
     sample: Tensor,
@@ -275,32 +288,7 @@ def _(model_output, sample, coefficients, clip, threshold, history, noise, seeds
     return _empty_contiguous(sample), _empty_contiguous(sample)
 
 
-def _step_context(ctx, inputs, output) -> None:
-    model, sample, coefficients, ctx.clip, threshold, history, noise, seeds, ctx.variance = inputs
-    ctx.save_for_backward(model, sample, coefficients, threshold, noise, seeds, *history)
-
-
-def _step_backward(ctx, *grads):
-    """The gradients of the reference, computed again: sampling with gradients is rare, and dominated by the model."""
-    model, sample, coefficients, threshold, noise, seeds, *history = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    leaves = [model, sample, noise, *history]
-    needed = [needs[0], needs[1], needs[6], *(needs[5] if history else [])]
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(n) if t is not None else None for t, n in zip(leaves, needed, strict=True)]
-        out = _reference_step(
-            leaves[0], leaves[1], coefficients, ctx.clip, threshold, leaves[3:], leaves[2], seeds, ctx.variance
-        )
-    wanted = [t for t, n in zip(leaves, needed, strict=True) if n]
-    found = iter(torch.autograd.grad(out, wanted, grads, allow_unused=True))
-    model, sample, noise, *history = (next(found) if n else None for n in needed)
-    return model, sample, None, None, None, history, noise, None, None
-
-
-_step.register_autograd(_step_backward, setup_context=_step_context)
-
-
-@torch.library.custom_op("sslfast::diffusion_q_sample", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::diffusion_q_sample", mutates_args=(), device_types=DEVICES)
 def _q_sample(
     x0: Tensor,
     timesteps: Tensor,
@@ -318,34 +306,7 @@ def _(x0, timesteps, alphas_cumprod, prediction_type, noise, seeds, step):
     return _empty_contiguous(x0), x0.new_empty(0) if prediction_type == "sample" else _empty_contiguous(x0)
 
 
-def _q_sample_context(ctx, inputs, output) -> None:
-    x0, timesteps, alphas_cumprod, ctx.prediction_type, *_ = inputs
-    ctx.save_for_backward(timesteps, alphas_cumprod)
-    ctx.dims = x0.dim()
-
-
-def _q_sample_backward(ctx, grad_noisy: Tensor, grad_target: Tensor):
-    timesteps, alphas_cumprod = ctx.saved_tensors
-    alphas = alphas_cumprod.to(torch.promote_types(grad_noisy.dtype, torch.float32))[timesteps]
-    alpha, sigma = (a.reshape(-1, *[1] * (ctx.dims - 1)) for a in (alphas.sqrt(), (1 - alphas).sqrt()))
-    grad_x0, grad_noise = alpha * grad_noisy, sigma * grad_noisy
-    if ctx.prediction_type == "epsilon":
-        grad_noise = grad_noise + grad_target
-    elif ctx.prediction_type == "v_prediction":
-        grad_x0, grad_noise = grad_x0 - sigma * grad_target, grad_noise + alpha * grad_target
-    grads = (g.to(grad_noisy.dtype) if n else None for g, n in zip((grad_x0, grad_noise), _given(ctx), strict=True))
-    grad_x0, grad_noise = grads
-    return grad_x0, None, None, None, grad_noise, None, None
-
-
-def _given(ctx) -> tuple[bool, bool]:
-    return ctx.needs_input_grad[0], ctx.needs_input_grad[4]
-
-
-_q_sample.register_autograd(_q_sample_backward, setup_context=_q_sample_context)
-
-
-@torch.library.custom_op("sslfast::diffusion_loss_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::diffusion_loss_forward", mutates_args=(), device_types=DEVICES)
 def _loss_forward(
     prediction: Tensor,
     target: Tensor,
@@ -363,7 +324,7 @@ def _(prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma)
     return prediction.new_empty(prediction.shape[:1], dtype=dtype)
 
 
-@torch.library.custom_op("sslfast::diffusion_loss_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::diffusion_loss_backward", mutates_args=(), device_types=DEVICES)
 def _loss_backward(
     grad_loss: Tensor,
     prediction: Tensor,
@@ -395,6 +356,7 @@ def _backward_of_loss(ctx, grad_loss: Tensor):
 
 
 _loss_forward.register_autograd(_backward_of_loss, setup_context=_loss_context)
+refuse_other_derivatives(_noise, _step_noise, _step, _q_sample, _loss_forward, _loss_backward)
 
 
 class _Loss(torch.autograd.Function):
@@ -410,7 +372,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx, grad_loss: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError("diffusion_loss has no second derivative: call backward without create_graph=True")
-        grads = _C.diffusion_loss_backward(grad_loss, *ctx.saved_tensors, ctx.prediction_type, ctx.snr_gamma)
+        plain = route(grad_loss) == KERNEL
+        run = _C.diffusion_loss_backward if plain else torch.ops.sslfast.diffusion_loss_backward
+        grads = run(grad_loss, *ctx.saved_tensors, ctx.prediction_type, ctx.snr_gamma)
         needed = (g if n else None for g, n in zip(grads, ctx.needs_input_grad[:2], strict=True))
         return *needed, None, None, None, None
 
@@ -419,21 +383,13 @@ class _Loss(torch.autograd.Function):
 
 
 def _check_seeds(seeds: Tensor, samples: int, device: torch.device | None) -> None:
-    if not isinstance(seeds, Tensor):
-        raise TypeError(f"seeds: expected a tensor, got {type(seeds).__name__}")
+    check_dense("seeds", seeds)
     if seeds.dtype != torch.int64:
         raise TypeError(f"seeds: expected int64, got {seeds.dtype}")
     if seeds.shape != (samples,):
         raise ValueError(f"seeds: expected one seed for each sample, ({samples},), got {tuple(seeds.shape)}")
     if device is not None and seeds.device != device:
         raise ValueError(f"seeds: expected device {device}, got {seeds.device}")
-
-
-def _check_step(step: int) -> None:
-    if not isinstance(step, int):
-        raise TypeError(f"step: expected an int, got {type(step).__name__}")
-    if not 0 <= step < 2**32:
-        raise ValueError(f"step: expected 0 to 2³² - 1, got {step}")
 
 
 def _check_samples(name: str, t: Tensor) -> None:
@@ -454,8 +410,7 @@ def _check_noise(name: str, like: Tensor, noise: Tensor | None, seeds: Tensor | 
 
 
 def _check_side(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    check_dense(name, t)
     if t.dtype != dtype:
         raise TypeError(f"{name}: expected {dtype}, got {t.dtype}")
     if tuple(t.shape) != shape:
@@ -468,14 +423,12 @@ def _check_timesteps(timesteps: Tensor, alphas_cumprod: Tensor, like: Tensor, pr
     _check_side("timesteps", timesteps, torch.int64, (like.shape[0],), like.device)
     steps = alphas_cumprod.shape if isinstance(alphas_cumprod, Tensor) and alphas_cumprod.dim() == 1 else (0,)
     _check_side("alphas_cumprod", alphas_cumprod, torch.float32, tuple(steps), like.device)
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type: expected one of {PREDICTION_TYPES}, got {prediction_type!r}")
+    check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def _check_diffusion_step(model, sample, coefficients, clip, threshold, history, noise, seeds, variance) -> None:
     _check_samples("sample", sample)
-    if variance not in VARIANCES:
-        raise ValueError(f"variance: expected one of {VARIANCES}, got {variance!r}")
+    check_choice("variance", variance, VARIANCES)
     shape = tuple(sample.shape)
     if variance != "fixed":
         if sample.dim() < 2:
@@ -484,8 +437,8 @@ def _check_diffusion_step(model, sample, coefficients, clip, threshold, history,
     check_like("model_output", model, "sample", sample, shape)
     rows = (sample.shape[0],) if isinstance(coefficients, Tensor) and coefficients.dim() == 2 else ()
     _check_side("coefficients", coefficients, torch.float32, (*rows, len(FIELDS)), sample.device)
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip: expected a positive number, got {clip}")
+    if clip is not None:
+        check_number("clip", clip, positive=True)
     if clip is not None and threshold is not None:
         raise ValueError("threshold: expected clip or threshold, got both")
     if threshold is not None:
@@ -502,14 +455,13 @@ def _check_q_sample(x0, timesteps, alphas_cumprod, prediction_type, noise, seeds
     _check_samples("x0", x0)
     _check_timesteps(timesteps, alphas_cumprod, x0, prediction_type)
     _check_noise("x0", x0, noise, seeds)
-    _check_step(step)
+    check_integer("step", step, 0, 2**32 - 1)
 
 
 def _check_diffusion_loss(prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma, reduction) -> None:
     _check_samples("prediction", prediction)
     check_like("target", target, "prediction", prediction)
     _check_timesteps(timesteps, alphas_cumprod, prediction, prediction_type)
-    if snr_gamma is not None and not 0 < snr_gamma < math.inf:
-        raise ValueError(f"snr_gamma: expected a positive number, got {snr_gamma}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    if snr_gamma is not None:
+        check_number("snr_gamma", snr_gamma, positive=True)
+    check_choice("reduction", reduction, REDUCTIONS)

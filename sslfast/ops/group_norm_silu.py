@@ -1,15 +1,11 @@
 """Fused group normalisation + SiLU. The formulas: csrc/ops/group_norm_silu.h, or the reference of the same name."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_floating
-from sslfast.ops._eager import is_plain_eager
-
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+from sslfast.ops._check import check_floating, check_number
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 
 def group_norm_silu(
@@ -30,20 +26,18 @@ def group_norm_silu(
     Raises:
         TypeError, ValueError: naming the argument.
 
-    The same input gives the same bits on any number of threads. No second derivative.
+    The same input gives the same bits on any number of threads. Forward mode and the transforms of torch.func run plain
+    PyTorch. No second derivative otherwise.
 
     Sources: Wu and He, arXiv 1803.08494; Ho et al., arXiv 2006.11239, whose network has it before every convolution.
     """
     _check(x, num_groups, weight, bias, eps)
-    if not _has_kernel(x):
+    way = route(x, weight, bias)
+    if way == REFERENCE or not has_kernel(x):
         return reference.group_norm_silu.group_norm_silu(x, num_groups, weight, bias, eps)
-    if is_plain_eager(*(t for t in (x, weight, bias) if t is not None)):
+    if way == KERNEL:
         return _GroupNormSilu.apply(x, num_groups, weight, bias, eps)
     return torch.ops.sslfast.group_norm_silu_forward(x, num_groups, weight, bias, eps)[0]
-
-
-def _has_kernel(x: Tensor) -> bool:
-    return x.device.type == "cpu" or ("cuda" in _DEVICES and x.device.type == "cuda" and x.dtype != torch.float64)
 
 
 def _check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -66,11 +60,11 @@ def _check(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | Non
             raise ValueError(f"{name}: expected shape ({x.shape[1]},), got {tuple(t.shape)}")
         if t.device != x.device:
             raise ValueError(f"{name}: expected the device of x, {x.device}, got {t.device}")
-    if not 0 <= eps < math.inf:
+    if check_number("eps", eps) < 0:
         raise ValueError(f"eps: expected a number from 0 on, got {eps}")
 
 
-@torch.library.custom_op("sslfast::group_norm_silu_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::group_norm_silu_forward", mutates_args=(), device_types=DEVICES)
 def _forward(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +84,7 @@ def _(x, num_groups, weight, bias, eps):
     return _like(x), *(x.new_empty((x.shape[0], num_groups), dtype=dtype) for _ in range(2))
 
 
-@torch.library.custom_op("sslfast::group_norm_silu_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::group_norm_silu_backward", mutates_args=(), device_types=DEVICES)
 def _backward(
     grad_out: Tensor,
     x: Tensor,
@@ -131,6 +125,7 @@ def _backward_of_forward(ctx, grad_out: Tensor, _grad_mean: None, _grad_rstd: No
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+refuse_other_derivatives(_forward, _backward)
 
 
 class _GroupNormSilu(torch.autograd.Function):
@@ -147,4 +142,6 @@ class _GroupNormSilu(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor):
         if torch.is_grad_enabled():
             raise RuntimeError("group_norm_silu has no second derivative: call backward without create_graph=True")
-        return _grads(ctx, _C.group_norm_silu_backward, grad_out)
+        plain = route(grad_out) == KERNEL
+        run = _C.group_norm_silu_backward if plain else torch.ops.sslfast.group_norm_silu_backward
+        return _grads(ctx, run, grad_out)

@@ -1,16 +1,12 @@
 """Fused InfoNCE losses. The formulas: csrc/ops/info_nce.h, or sslfast/reference/info_nce.py in plain PyTorch."""
 
-import math
-import numbers
-
 import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._eager import is_plain_eager
+from sslfast.ops._check import check_choice, check_floating, check_number, check_scalar, largest_number
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 _CUDA_MAX_DIM = 4096  # kInfoNceCudaMaxDim
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,6 +32,9 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
         TypeError: inputs that are not floating-point tensors of one dtype.
         ValueError: another shape, a second device, a temperature that is not positive, or an unknown reduction.
 
+    Forward mode and the transforms of torch.func (grad, jvp, jacfwd, …) run plain PyTorch, which stores the matrix. No
+    second derivative otherwise.
+
     Two calls with the same input give the same bits, on any number of threads. Memory grows with batch·dim. A loss near
     0 keeps its digits, and so does its gradient (relative errors on a CPU: about 2e-6 and 2e-5). On CPUs with AMX,
     float32 products are made of bfloat16 ones, of as many terms as that takes; SSLFAST_CPU_CAPABILITY=avx512 computes
@@ -44,9 +43,12 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
     Source: Chen et al., "A Simple Framework for Contrastive Learning of Visual Representations", arXiv 2002.05709.
     """
     check_views(z1, z2, temperature, reduction)
-    if not _has_kernel(z1):
+    if not isinstance(temperature, Tensor):
+        temperature = float(temperature)
+    way = route(z1, z2, temperature)
+    if way == REFERENCE or not _has_kernel(z1):
         return reference.info_nce.nt_xent(z1, z2, temperature, reduction)
-    if is_plain_eager(z1, z2, *(t for t in (temperature,) if isinstance(t, Tensor))):
+    if way == KERNEL:
         if isinstance(temperature, Tensor):
             temperature = temperature.to(z1.device)
         else:  # stays on the host, which saves kernels on a GPU
@@ -61,12 +63,7 @@ def nt_xent(z1: Tensor, z2: Tensor, temperature: float | Tensor = 0.5, reduction
 def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: str = "mean") -> None:
     """Raise TypeError or ValueError for what `nt_xent` does not take."""
     for name, z in (("z1", z1), ("z2", z2)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(z).__name__}")
-        if not z.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {z.dtype}")
-        if z.dtype not in DTYPES:
-            raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {z.dtype}")
+        check_floating(**{name: z})
         if z.dim() != 2:
             raise ValueError(f"{name}: expected shape (batch, dim), got {tuple(z.shape)}")
     if z1.shape != z2.shape:
@@ -77,29 +74,22 @@ def check_views(z1: Tensor, z2: Tensor, temperature: float | Tensor, reduction: 
         raise TypeError(f"z2: expected the dtype of z1, {z1.dtype}, got {z2.dtype}")
     if z1.device != z2.device:
         raise ValueError(f"z2: expected the device of z1, {z1.device}, got {z2.device}")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
     if isinstance(temperature, Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature: expected one element, got shape {tuple(temperature.shape)}")
-        if not temperature.is_floating_point():
-            raise TypeError(f"temperature: expected a floating-point tensor, got {temperature.dtype}")
-    elif not isinstance(temperature, numbers.Real):
-        raise TypeError(f"temperature: expected a number or a tensor, got {type(temperature).__name__}")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        check_scalar("temperature", temperature, z1)
+    elif check_number("temperature", temperature, positive=True) < 1 / largest_number(z1):  # kernels take the inverse
+        raise ValueError(f"temperature: expected a positive number of finite inverse, got {temperature}")
 
 
 def _has_kernel(z: Tensor) -> bool:
-    on_cuda = "cuda" in _DEVICES and z.device.type == "cuda" and z.dtype != torch.float64
-    return z.device.type == "cpu" or (on_cuda and z.shape[1] <= _CUDA_MAX_DIM)
+    return has_kernel(z) and (z.device.type == "cpu" or z.shape[1] <= _CUDA_MAX_DIM)
 
 
 def _loss_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-@torch.library.custom_op("sslfast::info_nce_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::info_nce_forward", mutates_args=(), device_types=DEVICES)
 def _forward(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     return _C.info_nce_forward(z1, z2, temperature, reduction)
 
@@ -110,7 +100,7 @@ def _(z1: Tensor, z2: Tensor, temperature: Tensor, reduction: str) -> tuple[Tens
     return (rows if reduction == "none" else rows.new_empty(())), rows.new_empty(rows.shape, dtype=torch.float64)
 
 
-@torch.library.custom_op("sslfast::info_nce_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::info_nce_backward", mutates_args=(), device_types=DEVICES)
 def _backward(
     grad_loss: Tensor, z1: Tensor, z2: Tensor, temperature: Tensor, lse: Tensor, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,3 +130,4 @@ def _backward_of_forward(ctx, grad_loss: Tensor, _grad_lse: None):
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+refuse_other_derivatives(_forward, _backward)

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._eager import is_plain_eager
+from sslfast.ops._check import check_dense
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
 
 
 def rotate4(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,17 +32,16 @@ def rotate4(images: Tensor) -> tuple[Tensor, Tensor]:
     GANs Chen et al., "Self-Supervised GANs via Auxiliary Rotation Loss", arXiv 1811.11212.
     """
     _check(images)
-    on_cuda = images.device.type == "cuda"
-    if images.device.type not in _DEVICES or (on_cuda and images.dtype == torch.float64) or images.numel() == 0:
+    way = route(images)
+    if way == REFERENCE or not has_kernel(images) or images.numel() == 0:
         return reference.rotate4.rotate4(images)
-    if is_plain_eager(images):
+    if way == KERNEL:
         return _Rotate4.apply(images)
     return torch.ops.sslfast.rotate4_forward(images)
 
 
 def _check(images: Tensor) -> None:
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor, got {type(images).__name__}")
+    check_dense("images", images)
     if images.dtype not in DTYPES:
         raise TypeError(f"images: expected uint8, float32, bfloat16, float16 or float64, got {images.dtype}")
     if images.dim() != 4:
@@ -58,7 +57,7 @@ def _memory_format(images: Tensor) -> torch.memory_format:
     return torch.channels_last if last else torch.contiguous_format
 
 
-@torch.library.custom_op("sslfast::rotate4_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::rotate4_forward", mutates_args=(), device_types=DEVICES)
 def _forward(images: Tensor) -> tuple[Tensor, Tensor]:
     return _C.rotate4_forward(images)
 
@@ -70,7 +69,7 @@ def _(images: Tensor) -> tuple[Tensor, Tensor]:
     return rotated, images.new_empty(4 * images.shape[0], dtype=torch.int64)
 
 
-@torch.library.custom_op("sslfast::rotate4_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::rotate4_backward", mutates_args=(), device_types=DEVICES)
 def _backward(grad: Tensor) -> Tensor:
     return _C.rotate4_backward(grad)
 
@@ -87,6 +86,7 @@ _forward.register_autograd(
     setup_context=lambda ctx, inputs, output: ctx.mark_non_differentiable(output[1]),
 )
 _backward.register_autograd(lambda ctx, grad: torch.ops.sslfast.rotate4_forward(grad)[0])
+refuse_other_derivatives(_forward, _backward)
 
 
 class _Rotate4(torch.autograd.Function):
@@ -101,7 +101,9 @@ class _Rotate4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, _labels: None):
-        return None if grad is None else _Rotate4Backward.apply(grad)
+        if grad is None:
+            return None
+        return _Rotate4Backward.apply(grad) if route(grad) == KERNEL else torch.ops.sslfast.rotate4_backward(grad)
 
 
 class _Rotate4Backward(torch.autograd.Function):
@@ -111,4 +113,5 @@ class _Rotate4Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _Rotate4.apply(grad)[0]
+        rotate = _Rotate4.apply if route(grad) == KERNEL else torch.ops.sslfast.rotate4_forward
+        return rotate(grad)[0]

@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import as_tensor, check_rows, check_scalar
-from sslfast.ops._eager import is_plain_eager
-
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+from sslfast.ops._check import as_tensor, check_integer, check_rows, check_scalar
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 
 def sigmoid_loss(
@@ -36,29 +34,28 @@ def sigmoid_loss(
         TypeError: tensors of another kind.
         ValueError: another shape or device, a scale or bias that is not finite.
 
+    Forward mode and the transforms of torch.func (grad, jvp, jacfwd, …) run plain PyTorch, which stores the matrix. No
+    second derivative otherwise.
+
     Two calls with the same input give the same bits, on any number of threads. Memory grows with (M + N)·D.
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343.
     """
     check_rows(queries, keys)
     for name, value in (("scale", scale), ("bias", bias)):
-        check_scalar(name, value)
-    if not isinstance(first_key, int):
-        raise TypeError(f"first_key: expected a whole number, got {type(first_key).__name__}")
-    if not _has_kernel(queries):
-        return reference.sigmoid_loss.sigmoid_loss(queries, keys, scale, bias, first_key)
+        check_scalar(name, value, queries)
+    check_integer("first_key", first_key, -(2**63), 2**63 - 1)
+    way = route(queries, keys, scale, bias)
     inputs = queries, keys, as_tensor(scale, queries), as_tensor(bias, queries)
+    if way == REFERENCE or not has_kernel(queries):
+        return reference.sigmoid_loss.sigmoid_loss(*inputs, first_key)
     gradients = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if is_plain_eager(*inputs):
+    if way == KERNEL:
         return _SigmoidLoss.apply(*inputs, first_key, gradients)
     return torch.ops.sslfast.sigmoid_loss_forward(*inputs, first_key, gradients)[0]
 
 
-def _has_kernel(t: Tensor) -> bool:
-    return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
-
-
-@torch.library.custom_op("sslfast::sigmoid_loss_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::sigmoid_loss_forward", mutates_args=(), device_types=DEVICES)
 def _forward(
     queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor, first_key: int, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -93,6 +90,7 @@ def _backward(ctx, grad_loss: Tensor, *_none):
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+refuse_other_derivatives(_forward)
 
 
 class _SigmoidLoss(torch.autograd.Function):

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import as_tensor, check_rows, check_scalar
-from sslfast.ops._eager import is_plain_eager
-
-_DEVICES = ("cpu", "cuda") if _C.build_info()["cuda"] else ("cpu",)
+from sslfast.ops._check import as_tensor, check_choice, check_dense, check_floating, check_rows, check_scalar
+from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
 
 @overload
@@ -59,7 +57,8 @@ def similarity_lse(
             such as MoCo's queue, save half of the work: the gradient of the queries is ready with the forward pass.
         scale: a number, or a tensor with one element, which gets a gradient.
         exclude: (M,) or (M, E), int64: the keys j that row i leaves out; −1 leaves out none.
-        key_bias: (N,): log-weights of the keys, −inf to leave a key out for all rows; gets no gradient.
+        key_bias: (N,): log-weights of the keys; gets no gradient. −inf leaves a key out for all rows: use it to mask
+            padding, which may then hold anything. (What `exclude` alone leaves out must be finite.)
         columns: also return log Σ_i exp(scale·⟨q_i, k_j⟩ + bias_j) of each key, from the same tiles; a pair that
             `exclude` names is left out of both. Not with keys=None, where it would be the same.
 
@@ -70,21 +69,26 @@ def similarity_lse(
         TypeError: tensors of another kind, or a key_bias that asks for a gradient.
         ValueError: another shape or device, an index in `exclude` that no key has, a scale that is not finite.
 
+    Forward mode and the transforms of torch.func (grad, jvp, jacfwd, …) run plain PyTorch, which stores the matrix. No
+    second derivative otherwise.
+
     Two calls with the same input give the same bits, on any number of threads. Memory grows with (M + N)·D.
     """
     _check(queries, keys, scale, exclude, key_bias)
+    way = route(queries, keys, scale, exclude, key_bias)
+    check_choice("columns", columns, (True, False))
     if columns and keys is None:
         raise ValueError("columns: expected False with keys=None, where columns are rows")
-    if not _has_kernel(queries):
+    scale = as_tensor(scale, queries)
+    if way == REFERENCE or not has_kernel(queries):
         lse, lse_columns = reference.similarity_lse.similarity_lse(queries, keys, scale, exclude, key_bias, columns)
         return (lse, lse_columns) if lse_columns is not None else lse
-    scale = as_tensor(scale, queries)
     # The gradient of the queries alone is ready with the forward pass.
     others = (scale,) if keys is None else (scale, keys)
     key_sum = torch.is_grad_enabled() and queries.requires_grad and not any(t.requires_grad for t in others)
     key_sum = key_sum and keys is not None and not columns
     arguments = queries, keys, scale, exclude, key_bias, columns, key_sum
-    if is_plain_eager(*(t for t in arguments if isinstance(t, Tensor))):
+    if way == KERNEL:
         return _SimilarityLse.apply(*arguments)
     lse, lse_columns, _ = torch.ops.sslfast.similarity_lse_forward(*arguments)
     return (lse, lse_columns) if columns else lse
@@ -117,33 +121,30 @@ def similarity_lse_backward(
         _check_vector(name, t, like)
     if (lse_columns is None) != (grad_columns is None) or (lse_columns is not None and keys is None):
         raise ValueError("lse_columns, grad_columns: expected both or neither, and neither with keys=None")
-    if keys is not None and lse_columns is not None:
+    if keys is not None and lse_columns is not None and grad_columns is not None:
         _check_vector("lse_columns", lse_columns, keys)
         _check_vector("grad_columns", grad_columns, keys)
     scale = as_tensor(scale, queries)
-    if not _has_kernel(queries):
+    way = route(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns)
+    if way == REFERENCE or not has_kernel(queries):
         return reference.similarity_lse.similarity_lse_backward(
             queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
         )
     arguments = queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns
     given = [t for t in arguments if t is not None]
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    run = _run_backward if is_plain_eager(*given) and not needs_grad else torch.ops.sslfast.similarity_lse_backward
+    run = _run_backward if way == KERNEL and not needs_grad else torch.ops.sslfast.similarity_lse_backward
     grad_queries, grad_keys, grad_scale = run(*arguments)
     return grad_queries, None if keys is None else grad_keys, grad_scale
 
 
-def _has_kernel(t: Tensor) -> bool:
-    return t.device.type == "cpu" or ("cuda" in _DEVICES and t.device.type == "cuda" and t.dtype != torch.float64)
-
-
 def _check(queries, keys, scale, exclude, key_bias) -> None:
     check_rows(queries, queries if keys is None else keys)
-    check_scalar("scale", scale)
+    check_scalar("scale", scale, queries)
     if exclude is not None:
-        if not isinstance(exclude, Tensor) or exclude.dtype != torch.int64:
-            found = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
-            raise TypeError(f"exclude: expected an int64 tensor, got {found}")
+        check_dense("exclude", exclude)
+        if exclude.dtype != torch.int64:
+            raise TypeError(f"exclude: expected an int64 tensor, got {exclude.dtype}")
         if exclude.dim() not in (1, 2) or exclude.shape[0] != queries.shape[0]:
             expected = f"({queries.shape[0]},) or ({queries.shape[0]}, E)"
             raise ValueError(f"exclude: expected shape {expected}, got {tuple(exclude.shape)}")
@@ -155,9 +156,8 @@ def _check(queries, keys, scale, exclude, key_bias) -> None:
             raise TypeError("key_bias: it gets no gradient; expected a tensor that needs none (detach it)")
 
 
-def _check_vector(name: str, t: Tensor | None, rows: Tensor) -> None:
-    if not isinstance(t, Tensor) or not t.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
+def _check_vector(name: str, t: Tensor, rows: Tensor) -> None:
+    check_floating(**{name: t})
     if t.shape != rows.shape[:1]:
         raise ValueError(f"{name}: expected shape {tuple(rows.shape[:1])}, got {tuple(t.shape)}")
     if t.device != rows.device:
@@ -180,7 +180,7 @@ def _run_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_co
     return _C.similarity_lse_backward(queries, keys, scale, lse, grad_lse, exclude, key_bias, lse_columns, grad_columns)
 
 
-@torch.library.custom_op("sslfast::similarity_lse_forward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::similarity_lse_forward", mutates_args=(), device_types=DEVICES)
 def _forward(
     queries: Tensor,
     keys: Tensor | None,
@@ -201,7 +201,7 @@ def _(queries, keys, scale, exclude, key_bias, columns, key_sum):
     return lse, lse_columns, queries.new_empty(queries.shape if key_sum else (0,), dtype=_compute_dtype(queries))
 
 
-@torch.library.custom_op("sslfast::similarity_lse_backward", mutates_args=(), device_types=_DEVICES)
+@torch.library.custom_op("sslfast::similarity_lse_backward", mutates_args=(), device_types=DEVICES)
 def _backward(
     queries: Tensor,
     keys: Tensor | None,
@@ -252,6 +252,7 @@ def _backward_of_forward(ctx, grad_lse: Tensor, grad_columns: Tensor | None, _gr
 
 
 _forward.register_autograd(_backward_of_forward, setup_context=_setup_context)
+refuse_other_derivatives(_forward, _backward)
 
 
 class _SimilarityLse(torch.autograd.Function):
@@ -268,4 +269,6 @@ class _SimilarityLse(torch.autograd.Function):
     def backward(ctx, grad_lse: Tensor, grad_columns: Tensor | None = None):
         if torch.is_grad_enabled():
             raise RuntimeError("similarity_lse has no second derivative: call it without create_graph=True")
-        return _gradients(ctx, _run_backward, grad_lse, grad_columns)
+        plain = route(grad_lse, grad_columns) == KERNEL
+        run = _run_backward if plain else torch.ops.sslfast.similarity_lse_backward
+        return _gradients(ctx, run, grad_lse, grad_columns)

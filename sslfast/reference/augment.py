@@ -28,7 +28,10 @@ def augment(
             x = image.to(dtype) / (255 if image.dtype == torch.uint8 else 1)
             top, left, height, width = params.crop[view, i].tolist()
             x = x[:, top : top + height, left : left + width]
-            x = F.interpolate(x[None], size, mode=interpolation, align_corners=False, antialias=antialias)[0]
+            # Three channels, channels_last: with antialias torch resizes contiguous images to one column wrongly.
+            wide = x[None].expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+            wide = F.interpolate(wide, size, mode=interpolation, align_corners=False, antialias=antialias)
+            x = wide[0, : len(x)].contiguous()
             if params.flip[view, i]:
                 x = x.flip(-1)
             for step in params.order[view, i].tolist():

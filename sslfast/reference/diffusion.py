@@ -88,7 +88,7 @@ def q_sample(x0, timesteps, alphas_cumprod, noise, prediction_type):
 
 def diffusion_loss(prediction, target, timesteps, alphas_cumprod, prediction_type, snr_gamma, reduction):
     compute = _compute_dtype(prediction)
-    losses = (prediction.to(compute) - target.to(compute)).square().flatten(1).mean(1)
+    losses = (prediction.to(compute) - target.to(compute)).square().reshape(len(prediction), -1).mean(1)
     losses = losses * loss_weights(alphas_cumprod.to(compute)[timesteps], prediction_type, snr_gamma)
     return losses if reduction == "none" else losses.mean() if reduction == "mean" else losses.sum()
 

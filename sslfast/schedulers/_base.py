@@ -1,9 +1,7 @@
-"""What the schedulers have in common: configuration, saving, noise, and the fused step."""
+"""What the schedulers have in common: configuration, saving, the noise schedule, noising."""
 
 from __future__ import annotations
 
-import inspect
-import json
 import os
 from pathlib import Path
 
@@ -12,106 +10,88 @@ import torch
 from torch import Tensor
 
 from sslfast import ops
-from sslfast.ops import diffusion_noise, diffusion_step
-from sslfast.schedulers._config import CONFIG_NAME, Config, check_config
+from sslfast.ops import diffusion_noise
+from sslfast.schedulers._fused import alike, on_host, put_on, table_of
+from sslfast.schedulers._mixins import COMPATIBLE, ConfigMixin, SchedulerMixin
 from sslfast.schedulers._schedules import betas
 
-_COMPATIBLE = ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler")
+CONFIG_NAME = "scheduler_config.json"
 
 
-class Scheduler:
-    """What the schedulers have in common: configuration, beta schedule, noising."""
+class Scheduler(SchedulerMixin, ConfigMixin):
+    """A SchedulerMixin and ConfigMixin of diffusers', where diffusers is installed."""
 
     config_name = CONFIG_NAME
+    _compatibles = COMPATIBLE
     order = 1
-    init_noise_sigma = 1.0
-    config: Config
     timesteps: Tensor
-    _arguments: list[str]
     num_inference_steps: int | None
+    _parts: frozenset[str]  # methods that diffusers' step is made of, and that ours does not call
+    _changed_parts: frozenset[str]
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__mro__[: next(i for i, base in enumerate(cls.__mro__) if "_parts" in vars(base))]
+        cls._changed_parts = frozenset(name for base in own for name in cls._parts if name in vars(base))
+
+    def _check_parts(self) -> None:
+        """Raise NotImplementedError where a subclass or a script has changed what `step` would leave out."""
+        if self._changed_parts or not vars(self).keys().isdisjoint(self._parts):
+            changed = ", ".join(sorted(self._changed_parts.union(self._parts & vars(self).keys())))
+            raise NotImplementedError(f"step: ours does not call {changed}, which was changed; override step, too")
 
     # ------------------------------------------------------------------------------------------ configuration
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._arguments = list(inspect.signature(cls.__init__).parameters)[1:]
-
-    def _register(self, arguments: dict) -> None:
-        config = {name: arguments[name] for name in self._arguments}
-        if isinstance(config["trained_betas"], (np.ndarray, Tensor)):
-            config["trained_betas"] = config["trained_betas"].tolist()
-        self.config = Config(config, _class_name=type(self).__name__, _diffusers_version="0.42.1")
-        check_config(self.config)
-
-    @classmethod
-    def from_config(cls, config, return_unused_kwargs: bool = False, **kwargs):
-        """A scheduler from the `config` of one, ours or diffusers': what it does not know is left out."""
-        if not isinstance(config, dict):
-            raise TypeError(f"config: expected a dict such as scheduler.config, got {type(config).__name__}")
-        given = {name: value for name, value in config.items() if not name.startswith("_")} | kwargs
-        scheduler = cls(**{name: value for name, value in given.items() if name in cls._arguments})
-        unused = {name: value for name, value in given.items() if name not in cls._arguments}
-        return (scheduler, unused) if return_unused_kwargs else scheduler
+    def to_json_file(self, json_file_path) -> None:
+        """Write the config; the file is there as a whole or not at all."""
+        path = Path(json_file_path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json_string(), encoding="utf-8")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder: str | None = None, **kwargs):
-        """A scheduler from a folder that ours or diffusers' `save_pretrained` wrote, its own or a pipeline's."""
-        path = Path(pretrained_model_name_or_path, subfolder or "", CONFIG_NAME)
-        if not path.is_file():
-            raise FileNotFoundError(f"pretrained_model_name_or_path: expected a folder with {CONFIG_NAME}, got {path}")
-        return cls.from_config(json.loads(path.read_text()), **kwargs)
-
-    def save_pretrained(self, save_directory, **_kwargs) -> None:
-        """Write scheduler_config.json, which diffusers reads too, into `save_directory`."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{CONFIG_NAME}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n")
-        temporary.replace(folder / CONFIG_NAME)
-
-    @property
-    def compatibles(self) -> list[type]:
-        """The schedulers here that `from_config` can make of this one's config."""
+    def _get_compatibles(cls) -> list[type]:
         from sslfast import schedulers
 
-        return [getattr(schedulers, name) for name in _COMPATIBLE]
+        ours = [schedulers.DDPMScheduler, schedulers.DDIMScheduler, schedulers.DPMSolverMultistepScheduler]
+        names = {each.__name__ for each in ours}
+        return [*ours, *(each for each in super()._get_compatibles() if each.__name__ not in names)]
+
+    def _check_config(self, **more_choices: tuple) -> None:
+        """Raise ValueError unless each argument has one of the values that are allowed."""
+        choices = {
+            "prediction_type": ops.diffusion.PREDICTION_TYPES,
+            "timestep_spacing": ("linspace", "leading", "trailing"),
+        }
+        for name, allowed in (choices | more_choices).items():
+            if self.config[name] not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {self.config[name]!r}")
+        if self.config.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps: expected at least 1, got {self.config.num_train_timesteps}")
+
+    # ------------------------------------------------------------------------------------------ schedule
+
+    def _make_betas(self, *more_schedules: str) -> None:
+        if isinstance(self.config.trained_betas, Tensor):  # which JSON does not know
+            self.register_to_config(trained_betas=self.config.trained_betas.tolist())
+        self.betas = betas(self.config, type(self).__name__, more_schedules)
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+
+    def _set(self, timesteps: np.ndarray, device) -> None:
+        self.timesteps = put_on(device, timesteps.astype(np.int64))
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__} {json.dumps(self.config, indent=2, sort_keys=True)}\n"
-
-    # ------------------------------------------------------------------------------------------ schedule
-
-    def _make_betas(self) -> None:
-        self.betas = betas(self.config)
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = torch.cumprod(self.alphas, dim=0)
-        self.num_inference_steps = None
-        self._tables: dict = {}
-
-    def _on(self, device: torch.device, key, make) -> Tensor:
-        """The table make() on `device`, made and copied once."""
-        if (key, device) not in self._tables:
-            self._tables[key, device] = make().to(device)
-        return self._tables[key, device]
-
-    def _set(self, timesteps: np.ndarray, device) -> None:
-        self.num_inference_steps = len(timesteps)
-        self.timesteps = torch.from_numpy(timesteps.astype(np.int64)).to(device)
-        self._steps = timesteps.astype(np.int64)
-        self._tables = {key: table for key, table in self._tables.items() if key[0] == "alphas_cumprod"}
-
-    def follow(self, scheduler):
-        """Take the timesteps of a scheduler of diffusers; returns itself."""
-        self._set(scheduler.timesteps.cpu().numpy(), scheduler.timesteps.device)
-        self.num_inference_steps = scheduler.num_inference_steps
-        return self
-
     # ------------------------------------------------------------------------------------------ use
 
-    def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, *args, **kwargs) -> Tensor:
         """`sample` as it is: these samplers do not scale what the model sees."""
         return sample
 
@@ -120,37 +100,29 @@ class Scheduler:
         return diffusion_noise(seeds, shape, step=self.config.num_train_timesteps, dtype=dtype)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ·x0 + √(1 - ᾱ)·noise at each sample's timestep; `ops.q_sample` draws the noise in the same pass."""
-        return ops.q_sample(*self._noising(original_samples, timesteps), noise=noise.to(original_samples.dtype))[0]
+        """√ᾱ·x0 + √(1 - ᾱ)·noise at each sample's timestep; `ops.q_sample` draws the noise in the same pass.
+
+        Samples, noise and (samples,) timesteps broadcast; the dtype is the common one of samples and noise.
+        """
+        return q_sample(self._alphas_on(original_samples.device), original_samples, noise, timesteps)[0]
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ·noise - √(1 - ᾱ)·x0, the target of v-prediction."""
-        inputs = self._noising(sample, timesteps)
-        return ops.q_sample(*inputs, noise=noise.to(sample.dtype), prediction_type="v_prediction")[1]
+        """√ᾱ·noise - √(1 - ᾱ)·x0, the target of v-prediction. Shapes and dtype are as in `add_noise`."""
+        return q_sample(self._alphas_on(sample.device), sample, noise, timesteps, "v_prediction")[1]
 
-    def _noising(self, x0: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        alphas = self._on(x0.device, "alphas_cumprod", lambda: self.alphas_cumprod)
-        return x0, timesteps.to(x0.device, torch.int64).reshape(-1).expand(x0.shape[0]), alphas
+    def _alphas_on(self, device: torch.device) -> Tensor:
+        alphas = self.alphas_cumprod
+        if device.type == alphas.device.type == "cpu":
+            return alphas.float()
+        numbers = on_host(alphas)
+        return table_of(self, "alphas", device, numbers.tobytes(), lambda: torch.tensor(numbers).float())[0]
 
-    def _fused(self, model_output, sample, row, noise=None, seeds=None, history=(), variance="fixed"):
-        """One fused step, with the x0 limits that the configuration asks for."""
-        clip, threshold = None, None
-        model_output = model_output.to(sample.dtype)
-        if self.config.thresholding:
-            model = model_output.chunk(2, dim=1)[0] if variance != "fixed" else model_output
-            x0 = diffusion_step(model, sample, row)[1]
-            threshold = torch.quantile(x0.float().flatten(1).abs(), self.config.dynamic_thresholding_ratio, dim=1)
-            threshold = threshold.clamp(min=1, max=self.config.sample_max_value)
-        elif self.config.get("clip_sample", False):
-            clip = self.config.clip_sample_range
-        return diffusion_step(
-            model_output,
-            sample,
-            row,
-            clip=clip,
-            threshold=threshold,
-            history=history,
-            noise=noise,
-            seeds=seeds,
-            variance=variance,
-        )
+
+def q_sample(alphas: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: str = "epsilon"):
+    """ops.q_sample of samples, noise and timesteps that may broadcast and have different dtypes."""
+    t = timesteps.to(x0.device, torch.int64).reshape(-1)
+    if x0.shape != noise.shape or x0.dtype != noise.dtype or len(t) != len(x0):
+        of_samples = (len(t), *[1] * (x0.dim() - 1))
+        x0, noise = alike("samples, noise, timesteps", x0, noise, shape=of_samples)
+        t = t.expand(len(x0))
+    return ops.q_sample(x0, t, alphas, noise=noise, prediction_type=prediction_type)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from sslfast import _C
 from sslfast.schedulers._base import Scheduler
-from sslfast.schedulers._config import Output
-from sslfast.schedulers._schedules import falling, is_custom, is_zero, randn, row_of, spaced
+from sslfast.schedulers._fused import Output, fused, inputs_of, number_of, on_host, randn, row_of, table_of
+from sslfast.schedulers._mixins import register_to_config
+from sslfast.schedulers._schedules import falling, is_custom, spaced
+
+LEARNED = ("learned", "learned_range")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", *LEARNED)
 
 
 class DDPMScheduler(Scheduler):
@@ -23,6 +25,9 @@ class DDPMScheduler(Scheduler):
     Source: Ho et al., "Denoising Diffusion Probabilistic Models", arXiv 2006.11239; diffusers.
     """
 
+    _parts = frozenset({"previous_timestep", "_get_variance", "_threshold_sample"})
+
+    @register_to_config
     def __init__(
         self,
         num_train_timesteps: int = 1000,
@@ -41,27 +46,41 @@ class DDPMScheduler(Scheduler):
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._register(locals())
-        self._make_betas()
-        self.variance_type = variance_type
+        self._check_config()
+        self._make_betas("laplace", "sigmoid")
+        self.one = torch.tensor(1.0)
         self.custom_timesteps = False
         self._set(np.arange(num_train_timesteps)[::-1].copy(), None)
-        self.num_inference_steps = None
+
+    @property
+    def variance_type(self) -> str:
+        """That of the config; setting it changes the config."""
+        return self.config.variance_type
+
+    @variance_type.setter
+    def variance_type(self, value: str) -> None:
+        self.register_to_config(variance_type=value)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device=None, timesteps: list[int] | None = None):
         """Choose how many steps to take, or which: a falling list of timesteps."""
-        self.custom_timesteps = is_custom(num_inference_steps, timesteps)
-        if timesteps is not None:
+        if is_custom(num_inference_steps, timesteps):
             self._set(falling(timesteps, self.config.num_train_timesteps), device)
-        elif num_inference_steps is not None:
+            self.custom_timesteps = True
+        else:
             self._set(spaced(self.config, num_inference_steps), device)
+            self.num_inference_steps, self.custom_timesteps = num_inference_steps, False
 
     def previous_timestep(self, timestep):
-        """The timestep that follows `timestep` in sampling; -1 after the last."""
-        index = np.flatnonzero(self._steps == int(timestep))
+        """The timestep that follows `timestep` in sampling, as a tensor; -1 after the last.
+
+        Before `set_timesteps` it is timestep - 1.
+        """
+        if not (self.custom_timesteps or self.num_inference_steps):
+            return timestep - 1
+        index = np.flatnonzero(on_host(self.timesteps) == number_of(timestep, self.timesteps, wait=True))
         if not len(index):
             raise ValueError(f"timestep: expected one of scheduler.timesteps, got {int(timestep)}")
-        return int(self._steps[index[0] + 1]) if index[0] + 1 < len(self._steps) else -1
+        return self.timesteps[index[0] + 1] if index[0] + 1 < len(self.timesteps) else torch.tensor(-1)
 
     def step(
         self, model_output: Tensor, timestep, sample: Tensor, generator=None, return_dict: bool = True, *, seeds=None
@@ -71,44 +90,86 @@ class DDPMScheduler(Scheduler):
         Args:
             model_output: the shape of `sample`, or twice its channels for a learned variance.
             timestep: an int or a tensor with one element, or with one a sample.
-            sample: (samples, channels, …).
+            sample: (samples, channels, …). Its batch and that of `model_output` broadcast; the dtype is the common one.
             generator: one, or a list of one a sample: torch.randn's noise, as diffusers'.
             seeds: (samples,) int64: noise that depends on a sample's seed and the timestep alone.
         """
-        learned = self.variance_type.startswith("learned") and model_output.shape[1] == 2 * sample.shape[1]
-        variance = self.variance_type if learned else "fixed"
-        row = row_of(self._on(sample.device, "ddpm", self._table), timestep, sample)
-        noise = None
-        if seeds is None and not is_zero(timestep):
-            noise = randn(sample.shape, generator, sample.device, model_output.dtype).to(sample.dtype)
-        previous, x0 = self._fused(model_output, sample, row, noise, seeds, variance=variance)
+        self._check_parts()
+        previous, x0 = step(self, model_output, timestep, sample, generator, seeds)
         return Output(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
-
-    def _table(self) -> Tensor:
-        """A row for each timestep; NaN where sampling does not come by."""
-        steps = torch.from_numpy(self._steps)
-        alpha_s = torch.cat([self.alphas_cumprod[steps[1:]], torch.ones(1)])
-        pairs = torch.stack([self.alphas_cumprod[steps], alpha_s], 1)
-        rows = _C.ddpm_coefficients(pairs, steps, self.config.prediction_type, self.variance_type)
-        return torch.full((len(self), rows.shape[1]), math.nan).index_copy(0, steps, rows)
 
     def _get_variance(self, t: int, predicted_variance: Tensor | None = None, variance_type: str | None = None):
         """The variance at timestep `t` as a tensor of one element; see `step` for how it is used."""
         kind = variance_type or self.config.variance_type
         alpha_t, previous = self.alphas_cumprod[t], self.previous_timestep(t)
-        alpha_s = self.alphas_cumprod[previous] if previous >= 0 else torch.tensor(1.0)
+        alpha_s = self.alphas_cumprod[previous] if previous >= 0 else self.one
         beta = 1 - alpha_t / alpha_s
         posterior = ((1 - alpha_s) / (1 - alpha_t) * beta).clamp(min=1e-20)
-        if kind.startswith("learned") and predicted_variance is None:
+        if kind in LEARNED and predicted_variance is None:
             raise ValueError(f"predicted_variance: expected a tensor for {kind!r}, got None")
         if kind == "learned":
             return predicted_variance
         if kind == "learned_range":
             share = (torch.as_tensor(predicted_variance) + 1) / 2
             return share * beta.log() + (1 - share) * posterior.log()
-        return {
-            "fixed_small": posterior,
-            "fixed_small_log": posterior.sqrt(),
-            "fixed_large": beta,
-            "fixed_large_log": beta.log(),
-        }[kind]
+        values = {"fixed_small_log": posterior.sqrt(), "fixed_large": beta, "fixed_large_log": beta.log()}
+        return values.get(kind, posterior)
+
+
+def step(scheduler, model_output: Tensor, timestep, sample: Tensor, generator, seeds) -> tuple[Tensor, Tensor]:
+    """DDPMScheduler.step of a scheduler, ours or diffusers'."""
+    config, kind = scheduler.config, scheduler.variance_type
+    t = number_of(timestep, scheduler.timesteps, wait=seeds is None)
+    mean, learned = model_output, False
+    if kind in LEARNED:
+        mean = model_output[:, : sample.shape[1]]
+        learned = model_output.shape[1] == 2 * sample.shape[1]
+        if not learned and t != 0:
+            raise ValueError(
+                f"model_output: expected twice the channels of sample, {tuple(sample.shape)}, for "
+                f"variance_type={kind!r}, got {tuple(model_output.shape)}"
+            )
+    model, x = inputs_of(mean, sample)
+    if learned:
+        model = model_output.to(x.dtype).expand(x.shape[0], 2 * x.shape[1], *x.shape[2:])
+    row = row_of(*_table(scheduler, x.device), t, timestep, len(x))
+    noise = None
+    if seeds is None and t != 0:
+        noise = randn(mean.shape, generator, x.device, mean.dtype)
+    previous, x0 = fused(
+        config,
+        model,
+        x,
+        row,
+        clip=config.clip_sample_range if config.clip_sample else None,
+        noise=noise,
+        seeds=seeds,
+        variance=kind if learned else "fixed",
+    )
+    if config.prediction_type == "sample":
+        x0 = x0.to(mean.dtype)
+    return previous, x0
+
+
+def _table(scheduler, device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """A row for each timestep; NaN where sampling does not come by."""
+    config, alphas, one = scheduler.config, on_host(scheduler.alphas_cumprod), scheduler.one.item()
+    steps = None
+    if scheduler.custom_timesteps or scheduler.num_inference_steps:
+        steps = on_host(scheduler.timesteps)
+    variance = config.variance_type if config.variance_type in VARIANCES else "fixed_small"
+
+    def make() -> Tensor:
+        t = np.arange(len(alphas))[::-1] if steps is None else steps.astype(np.int64)
+        after = np.append(t[1:], -1)
+        known = (t >= 0) & (t < len(alphas)) & (after < len(alphas))
+        t, after = t[known][::-1].copy(), after[known][::-1]  # so that the first of the same timestep counts
+        of_after = np.where(after >= 0, alphas[after.clip(0)], one)
+        pairs = torch.tensor(np.stack([alphas[t], of_after], 1), dtype=torch.float32)
+        rows = _C.ddpm_coefficients(pairs, torch.from_numpy(t), config.prediction_type, variance)
+        table = torch.full((len(alphas), rows.shape[1]), torch.nan)
+        table[t] = rows
+        return table
+
+    key = (alphas.tobytes(), steps is not None and steps.tobytes(), one, config.prediction_type, variance)
+    return table_of(scheduler, "step", device, key, make)

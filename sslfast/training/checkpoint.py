@@ -43,7 +43,7 @@ FACTS: dict[str, Any] = {
 def save(run: Path, step: int, weights: dict[str, Tensor], state: dict) -> Path:
     """Write a checkpoint of ``step`` atomically, drop all but it and the one before it, and return its folder.
 
-    Raises UserError where it cannot be written; the older ones stay as they are.
+    Where it cannot be written, which `failures.sentence` tells, the older ones stay as they are.
     """
     folder = run / "checkpoints"
     target = folder / f"step-{step:08d}"
@@ -59,10 +59,8 @@ def save(run: Path, step: int, weights: dict[str, Tensor], state: dict) -> Path:
         _remove(target)  # there only after a resume from an older one: the same step, written again
         temporary.rename(target)
         files.flush_to_disk(folder)
-    except Exception as error:
+    except Exception:  # a full disk, above all: make room
         shutil.rmtree(temporary, ignore_errors=True)
-        if said := failures.sentence(error):
-            raise UserError(f"the checkpoint of step {step} could not be written to {folder}: {said}") from error
         raise
     found = _found(run)
     kept = found[: found.index(target) + 1][-2:]

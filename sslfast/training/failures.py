@@ -6,9 +6,10 @@ _MEMORY = (
     "out of memory",
     "storage size calculation overflowed",
     "bad_alloc",
-    "larger than the maximum",
+    "status_alloc_failed",
 )
 _SHARED = ("file </torch_", "shared memory", "bus error")
+_LIMITS = ("too many open files", "start new thread")
 _DISK = ("pytorchstreamwriter", "inline_container", "unexpected pos")
 
 
@@ -44,6 +45,8 @@ def sentence(error: BaseException) -> str | None:
         return f"a file could not be written; the disk may be full ({said})"
     if any(word in text for word in _SHARED):
         return f"/dev/shm, where workers leave images, is too small ({said}): try --workers 0 or a smaller --batch-size"
+    if any(word in text for word in _LIMITS):
+        return f"a limit of the machine is reached ({said}): try fewer --workers"
     if "dataloader worker (pid" in text:
         return (
             "a worker process that reads images was killed, perhaps for want of memory: try fewer --workers, a smaller "

@@ -116,9 +116,9 @@ def identity(images: data.Images) -> dict[str, Any]:
     if isinstance(images.source, Tensor):
         digest.update(repr(tuple(images.source.shape)).encode() + images.source.contiguous().numpy().tobytes())
     else:
-        top = os.path.commonpath([path.parent for path in images.source])
-        for path in images.source:
-            digest.update(os.fsencode(os.path.relpath(path, top)) + b"\0")
+        names = [str(path) for path in images.source]
+        top = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])  # what all begin with
+        digest.update(b"\0".join(os.fsencode(name[len(top) :]) for name in names))
     return {"channels": images.channels, "images": len(images), "digest": digest.hexdigest()[:16]}
 
 
@@ -262,7 +262,7 @@ class Loop:
             error = error or closing
         said = failures.sentence(error) if error is not None else None
         if said and not isinstance(error, UserError):
-            raise UserError(f"{self.folder} stopped after step {self.step}: {said}. {self.how_to_go_on()}") from error
+            raise UserError(f"{self.folder} stopped at step {self.step}: {said}. {self.how_to_go_on()}") from error
 
     def batches(self, square: int | None = None, least: int = 1) -> Iterator[tuple[int, Tensor | list[Tensor], Tensor]]:
         """Yield (epoch from 0, pixels, ids) for each step that is left, as `data.batches` does: this rank's part.
@@ -318,7 +318,7 @@ class Loop:
             finite = all(map(math.isfinite, numbers.values()))
             if not finite or not all(weight.isfinite().all() for weight in self.model.parameters()):
                 raise UserError(self.diverged(epoch, numbers))
-            if log_now and numbers:
+            if log_now:
                 self.log.scalars(self.step, epoch, **numbers)
         if save_now:
             self.save()
@@ -356,10 +356,7 @@ class Loop:
             return
         state = {name: part.state_dict() for name, part in self.state.items()}
         state |= {"step": self.step, "log_position": self.log.position(), "random": torch.get_rng_state()}
-        try:
-            checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
-        except UserError as error:
-            raise UserError(f"{error}. {self.how_to_go_on()}") from error
+        checkpoint.save(self.folder, self.step, self.model.state_dict(), state)
 
 
 def _new_folder(name: str) -> Path:

@@ -27,19 +27,23 @@ class Must:
 
 
 def at_least(least: float) -> Must:
-    return Must(f"be at least {least:,}", lambda value: value >= least)
+    return Must(f"be at least {_number(least)}", lambda value: value >= least)
 
 
 def at_most(most: float) -> Must:
-    return Must(f"be at most {most:,}", lambda value: value <= most)
+    return Must(f"be at most {_number(most)}", lambda value: value <= most)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 _positive = Must("be more than 0", lambda value: value > 0)
 
 # Numbers are finite, always. Where memory or time grow with a number, its upper bound keeps a slip of the finger from
 # taking the machine down.
-Positive = Annotated[float, _positive]
-NotNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, _positive, at_most(1e9)]
+NotNegative = Annotated[float, at_least(0), at_most(1e9)]
 Share = Annotated[float, at_least(0), at_most(1)]
 Temperature = Annotated[float, at_least(1e-4), at_most(1e4)]
 Epochs = Annotated[float, at_least(0), at_most(1e6)]
@@ -53,7 +57,7 @@ Workers = Annotated[int, at_least(0), at_most(1024)]
 Text = Annotated[str, Must("not be empty", bool)]
 
 MAY_CHANGE = "may change when a run is resumed"
-LearningRate = Annotated[float, _positive, MAY_CHANGE]
+LearningRate = Annotated[float, _positive, at_most(1e4), MAY_CHANGE]
 
 
 def _what_may_change(_: str) -> str:

@@ -11,13 +11,12 @@
 // Least memory traffic per task: C·h'·w' source bytes in, C·h·w output elements out (h'×w' is the crop).
 // Arithmetic per output pixel, C = 3, bilinear: resize 3·(2·2 + 2·2), jitter about 70 (hue 45 of it), blur
 // 3·2·(2·taps), normalise 6.
-#include <ATen/Parallel.h>
-
 #include <cstring>
 
 #include "csrc/common/color.h"
 #include "csrc/common/float16.h"
 #include "csrc/common/vec.h"
+#include "csrc/common/workers.h"
 #include "csrc/ops/augment.h"
 
 namespace sslfast {
@@ -418,12 +417,13 @@ void augment_task(const AugmentForwardParams& p, const AugmentScratch& scratch, 
 }  // namespace
 
 void launch_augment_forward_cpu(const AugmentForwardParams& params) {
-  // Tasks differ in cost, so threads take the next one whenever they are free. Which thread did it leaves no trace.
+  // Tasks differ in cost, so threads take the next one whenever they are free. Which thread takes a task does not
+  // affect the result.
   const int64_t tasks = params.views * params.samples;
   int64_t next = 0;
-  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t begin, int64_t end) {
-    const AugmentScratch scratch = augment_scratch(params, params.scratch + begin * params.scratch_bytes);
-    for (int64_t task; begin < end && (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;)
+  run_workers(params.threads, [&](const Worker& worker) {
+    const AugmentScratch scratch = augment_scratch(params, params.scratch + worker.index * params.scratch_bytes);
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < tasks;)
       augment_task(params, scratch, task);
   });
 }

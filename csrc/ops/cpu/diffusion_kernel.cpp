@@ -145,7 +145,7 @@ void step(const DiffusionStepParams& p) {
       return w0 * x0[i] + w1 * x[i] + w2 * model[i];
     };
     if (has_noise && c.noise != 0) {
-      const A* normal = normals.get(p.noise, sample, p.elements, static_cast<uint32_t>(c.noise_step), first, count);
+      const A* normal = normals.get(p.noise, sample, p.elements, philox_step(c), first, count);
       if (has_learned) {
         const A* learned = learned_buffer.load(p.model, model_at + p.elements, count);
         scale_by_learned(normals.given.at, normal, learned, c, p.variance, count);
@@ -194,13 +194,19 @@ void q_sample(const DiffusionQSampleParams& p) {
 #pragma omp simd
       for (int64_t i = 0; i < count; ++i) noisy[i] = alpha * x0[i] + sigma * normal[i];
     } else {
-      const bool velocity = p.prediction == DiffusionPrediction::Velocity;
-      const A of_normal = velocity ? alpha : 1, of_x0 = velocity ? sigma : 0;
       A* target = target_buffer.begin_store(p.target, at);
+      if (p.prediction == DiffusionPrediction::Velocity) {
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i) {
-        noisy[i] = alpha * x0[i] + sigma * normal[i];
-        target[i] = of_normal * normal[i] - of_x0 * x0[i];
+        for (int64_t i = 0; i < count; ++i) {
+          noisy[i] = alpha * x0[i] + sigma * normal[i];
+          target[i] = alpha * normal[i] - sigma * x0[i];
+        }
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < count; ++i) {
+          noisy[i] = alpha * x0[i] + sigma * normal[i];
+          target[i] = normal[i];
+        }
       }
       target_buffer.end_store(p.target, at, count);
     }

@@ -8,7 +8,6 @@
 //
 // A task visits its numbers row by row: a channel's places, or with channels_last the channels at a place. What a
 // number is scaled with is then one number a row, or a row of numbers of its own.
-#include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -17,6 +16,7 @@
 #include <type_traits>
 
 #include "csrc/common/vec.h"
+#include "csrc/common/workers.h"
 #include "csrc/ops/group_norm_silu.h"
 
 namespace sslfast {
@@ -307,7 +307,7 @@ template <typename T, bool kLast>
 void run(const GroupNormSiluParams& p, bool backward) {
   const int64_t width = group_norm_silu_width(p), tasks = p.samples * ((p.channels + width - 1) / width);
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width * p.places));
-  at::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, tasks, grain, [&](int64_t begin, int64_t end) {
     const ThreadScratch<Acc<T>> scratch(p, at::get_thread_num());
     for (int64_t i = begin; i < end; ++i) {
       Task<T, kLast> task(p, scratch, i);
@@ -316,7 +316,7 @@ void run(const GroupNormSiluParams& p, bool backward) {
   });
   if (!backward) return;
   // In the order of the samples: the same bits for any number of threads.
-  at::parallel_for(0, p.channels, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, p.channels, 64, [&](int64_t begin, int64_t end) {
     for (int k = 0; k < 2; ++k) {
       Acc<T>* grad = static_cast<Acc<T>*>(k == 0 ? p.grad_weight : p.grad_bias);
       for (int64_t c = begin; c < end; ++c) {

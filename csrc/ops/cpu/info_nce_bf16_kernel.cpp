@@ -99,6 +99,20 @@ void load_row(const Operands<kTerms>& z, const void* z1, const void* z2, int64_t
   for (int64_t d = filled; d < z.dim; ++d) out[d] = 0;
 }
 
+/// Where the norm overflows, 1/‖z‖ is 0 and ẑ zero, as in torch. The products of z are, too, if z is zero from the
+/// start; a value that is not finite becomes NaN.
+inline void zero_if_overflown(float inv_norm, float* row, int64_t dim) {
+  if (inv_norm != 0) return;
+  for (int64_t d = 0; d < dim; ++d) row[d] *= 0;
+}
+
+/// The same for a row whose 1/‖z‖ is known.
+template <int kTerms, typename Z>
+void load_known_row(const Operands<kTerms>& z, const void* z1, const void* z2, int64_t row, float* out) {
+  load_row<kTerms, Z>(z, z1, z2, row, out);
+  zero_if_overflown(z.inv_norm[row], out, z.dim);
+}
+
 /// Fills the operands of 32 rows: z_a by rounding, z_b as its transposed blocks; for the backward pass also pairs, by
 /// interleaving rows of z_a, and zt_a as its transposed blocks.
 template <int kTerms, bool kBackward, typename Z>
@@ -108,6 +122,7 @@ void pack_rows(const Operands<kTerms>& z, const void* z1, const void* z2, int64_
     const float norm = std::sqrt(dot(values, values, z.dim));
     const float inv_norm = 1 / (norm < kNormEps ? kNormEps : norm);
     z.inv_norm[row] = inv_norm;
+    zero_if_overflown(inv_norm, values, z.dim);
     for (int64_t d = 0; d < z.dim; d += 32) {
       Vec<float> x = load(values + d), y = load(values + d + 16);
       if (kTerms > 1) x *= inv_norm, y *= inv_norm;
@@ -199,7 +214,7 @@ template <typename Engine, int kTerms, typename Z>
 void info_nce_forward_bf16_kernel(const InfoNceForwardParams& p) {
   const Operands<kTerms> z(p.batch, p.dim, p.rows, p.inv_norm);
   const float scale = static_cast<float>(p.scale);
-  run_workers(z.blocks > 1, [&](const Worker& worker) {
+  run_workers(z.blocks > 1 ? p.threads : 1, [&](const Worker& worker) {
     const Engine engine;
     float* values = static_cast<float*>(p.row_scratch) + worker.index * 3 * z.dim;
     worker.share(z.rows / 32, [&](int64_t group) {
@@ -209,8 +224,8 @@ void info_nce_forward_bf16_kernel(const InfoNceForwardParams& p) {
     worker.barrier();
     for_each_block_pair(worker, z.blocks, [&](int64_t i, int64_t j) { add_tile_sums<Engine>(z, scale, p.sum, i, j); });
     worker.share(z.batch, [&](int64_t i) {
-      load_row<kTerms, Z>(z, p.z1, p.z2, i, values);
-      load_row<kTerms, Z>(z, p.z1, p.z2, i + z.batch, values + z.dim);
+      load_known_row<kTerms, Z>(z, p.z1, p.z2, i, values);
+      load_known_row<kTerms, Z>(z, p.z1, p.z2, i + z.batch, values + z.dim);
       const double similarity = z.similarity(i, values, values + z.dim);
       for (const int64_t row : {i, i + z.batch}) {
         const double loss = softplus(std::log(p.sum[row]) + scale - p.scale * similarity);
@@ -314,8 +329,8 @@ void finish_row(const InfoNceBackwardParams& p, const Operands<kTerms>& z, const
                 float* values) {
   float *own = values, *other = values + z.dim, *grad = values + 2 * z.dim;
   const int64_t positive = z.positive(row);
-  load_row<kTerms, Z>(z, p.z1, p.z2, row, own);
-  load_row<kTerms, Z>(z, p.z1, p.z2, positive, other);
+  load_known_row<kTerms, Z>(z, p.z1, p.z2, row, own);
+  load_known_row<kTerms, Z>(z, p.z1, p.z2, positive, other);
   const float inv_norm = z.inv_norm[row], to_other_norm = z.inv_norm[positive];
   const double similarity = z.similarity(row, own, other);
   const double g = positive_gradient(p, row, positive, p.scale * similarity);
@@ -344,7 +359,7 @@ void info_nce_backward_bf16_kernel(const InfoNceBackwardParams& p) {
   const float scale = static_cast<float>(p.scale);
   const Gradient gradient{static_cast<float*>(p.grad_rows), static_cast<float*>(p.grad_rows) + z.rows * z.dim,
                           static_cast<float*>(p.factor)};
-  run_workers(z.blocks > 1, [&](const Worker& worker) {
+  run_workers(z.blocks > 1 ? p.threads : 1, [&](const Worker& worker) {
     const Engine engine;
     float* values = static_cast<float*>(p.row_scratch) + worker.index * 3 * z.dim;
     worker.share(z.rows / 32, [&](int64_t group) {

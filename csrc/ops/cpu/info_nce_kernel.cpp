@@ -177,7 +177,7 @@ void info_nce_forward_kernel(const InfoNceForwardParams& p) {
   const T scale = static_cast<T>(p.scale);
   const bool bounded = p.scale <= kInfoNceBoundedScale;
   T* max = static_cast<T*>(p.max);
-  run_workers(z.blocks > 1, [&](const Worker& worker) {
+  run_workers(z.blocks > 1 ? p.threads : 1, [&](const Worker& worker) {
     worker.share(z.padded / kPanel, [&](int64_t group) {
       normalize_rows(z, static_cast<const Z*>(p.z1), static_cast<const Z*>(p.z2), p.dim, group * kPanel);
       for (int64_t row = group * kPanel; row < (group + 1) * kPanel; ++row) {
@@ -291,7 +291,7 @@ void info_nce_backward_kernel(const InfoNceBackwardParams& p) {
   T* grad = static_cast<T*>(p.grad_rows);
   const Weights<T> weights{static_cast<T>(p.scale), p.scale <= kInfoNceBoundedScale, static_cast<T*>(p.shift),
                            static_cast<T*>(p.factor)};
-  run_workers(z.blocks > 1, [&](const Worker& worker) {
+  run_workers(z.blocks > 1 ? p.threads : 1, [&](const Worker& worker) {
     worker.share(z.padded / kPanel, [&](int64_t group) {
       normalize_rows(z, static_cast<const Z*>(p.z1), static_cast<const Z*>(p.z2), p.dim, group * kPanel);
       for (int64_t row = group * kPanel; row < (group + 1) * kPanel; ++row) {

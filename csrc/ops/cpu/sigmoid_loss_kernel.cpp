@@ -98,16 +98,16 @@ void forward(const Params& p) {
   const int more = p.grad_queries ? kForGradients : 0;
   const auto q = Engine::matrix(p.packed_queries, rows, dim, kAsRows | more);
   const auto k = Engine::matrix(p.packed_keys, keys, dim, kAsColumns | more);
-  pack<Engine>(q, p.query_data, p.rows, p.dim);
-  pack<Engine>(k, p.key_data, p.keys, p.dim);
+  pack<Engine>(p.threads, q, p.query_data, p.rows, p.dim);
+  pack<Engine>(p.threads, k, p.key_data, p.keys, p.dim);
   T* key_bias = static_cast<T*>(p.key_bias);
   for (int64_t j = 0; j < keys; ++j)  // of padding it makes the loss 0
     key_bias[j] = j < p.keys ? static_cast<T>(p.bias) : -std::numeric_limits<T>::infinity();
 
   T *row_sums = static_cast<T*>(p.row_sums), *column_sums = static_cast<T*>(p.column_sums);
   const auto clear = [&](T* sums, int64_t count) {
-    at::parallel_for(0, count, 64,
-                     [&](int64_t begin, int64_t end) { std::fill(sums + begin * dim, sums + end * dim, T(0)); });
+    parallel_for(p.threads, count, 64,
+                 [&](int64_t begin, int64_t end) { std::fill(sums + begin * dim, sums + end * dim, T(0)); });
   };
   if (p.grad_queries) {
     clear(row_sums, rows);
@@ -115,7 +115,7 @@ void forward(const Params& p) {
   }
   const int64_t row_blocks = count_blocks(rows, plan.row_block);
   std::fill(p.totals, p.totals + 3 * row_blocks, 0.0);
-  for_each_block_of_a_rectangle(row_blocks, count_blocks(keys, plan.key_block), [&](int64_t i, int64_t j) {
+  for_each_block_of_a_rectangle(p.threads, row_blocks, count_blocks(keys, plan.key_block), [&](int64_t i, int64_t j) {
     const Engine engine;
     const Tile<Engine> tile(p, i * plan.row_block, j * plan.key_block);
     engine.similarities(q, tile.row, tile.rows, k, tile.col, tile.cols, T(1), tile.data);
@@ -138,7 +138,7 @@ void forward(const Params& p) {
   }
   if (!p.grad_queries) return;
   const auto write = [&](const T* sums, int64_t count, void* gradient, const auto& read) {
-    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    parallel_for(p.threads, count, 64, [&](int64_t begin, int64_t end) {
       T* sum = static_cast<T*>(p.row_scratch) + at::get_thread_num() * dim;
       for (int64_t i = begin; i < end; ++i) {
         read(sums, padded(count), dim, i, sum);

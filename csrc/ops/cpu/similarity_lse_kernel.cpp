@@ -13,8 +13,6 @@
 // come after one another is fixed by the plan: forward, a task takes a group of row blocks and a segment of the keys,
 // packs each of its key blocks once, and the partial results of the segments are joined in order at the end; backward,
 // and without keys, pairs of blocks meet in rounds (csrc/common/block_pairs.h) and add to their blocks in turn.
-#include <ATen/Parallel.h>
-
 #include <cmath>
 #include <limits>
 
@@ -177,12 +175,12 @@ void forward_between_rows(const SimilarityLseForwardParams& a) {
   using T = typename Engine::T;
   const Problem& p = a.problem;
   const auto z = Engine::matrix(p.packed_queries, padded(p.rows), padded(p.dim), kAsRows | kAsColumns);
-  pack<Engine>(z, p.query_data, p.rows, p.dim);
+  pack<Engine>(p.threads, z, p.query_data, p.rows, p.dim);
   T* max = static_cast<T*>(a.row_max);
   const T *row_bias = static_cast<const T*>(p.row_bias), *column_bias = static_cast<const T*>(p.column_bias);
   std::fill(max, max + z.rows, kMinusInfinity<T>);
   std::fill(a.row_sum, a.row_sum + z.rows, 0.0);
-  for_each_block_pair((z.rows + p.plan.row_block - 1) / p.plan.row_block, [&](int64_t i, int64_t j) {
+  for_each_block_pair(p.threads, (z.rows + p.plan.row_block - 1) / p.plan.row_block, [&](int64_t i, int64_t j) {
     const Engine engine;
     const Tile<Engine> tile(p, i * p.plan.row_block, j * p.plan.row_block);
     engine.similarities(z, tile.row, tile.rows, z, tile.col, tile.cols, static_cast<T>(p.scale), tile.data);
@@ -213,7 +211,7 @@ void forward_with_keys(const SimilarityLseForwardParams& a) {
   const auto& plan = p.plan;
   const int64_t rows = padded(p.rows), keys = padded(p.keys), dim = padded(p.dim);
   const auto q = Engine::matrix(p.packed_queries, rows, dim, kAsRows);
-  pack<Engine>(q, p.query_data, p.rows, p.dim);
+  pack<Engine>(p.threads, q, p.query_data, p.rows, p.dim);
 
   T *row_max = static_cast<T*>(a.row_max), *column_max = static_cast<T*>(a.column_max);
   T* key_sums = static_cast<T*>(a.key_sums);
@@ -224,7 +222,7 @@ void forward_with_keys(const SimilarityLseForwardParams& a) {
     std::fill(column_max, column_max + plan.groups * keys, kMinusInfinity<T>);
     std::fill(a.column_sum, a.column_sum + plan.groups * keys, 0.0);
   }
-  at::parallel_for(0, plan.groups * plan.segments, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, plan.groups * plan.segments, 1, [&](int64_t begin, int64_t end) {
     const Engine engine;
     const int use = a.key_sum ? kAsColumns | kForGradients : kAsColumns;
     char* packed = static_cast<char*>(a.packed_keys) + at::get_thread_num() * 3 * plan.key_block * dim * sizeof(T);
@@ -264,7 +262,7 @@ void forward_with_keys(const SimilarityLseForwardParams& a) {
     }
   });
 
-  at::parallel_for(0, p.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, p.rows, 64, [&](int64_t begin, int64_t end) {
     double part[kSimilarityLseMaxParts];
     T* row_of_sums = static_cast<T*>(a.packed_keys) + at::get_thread_num() * 3 * plan.key_block * dim;
     for (int64_t i = begin; i < end; ++i) {
@@ -279,7 +277,7 @@ void forward_with_keys(const SimilarityLseForwardParams& a) {
     }
   });
   if (!a.lse_columns) return;
-  at::parallel_for(0, p.keys, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, p.keys, 64, [&](int64_t begin, int64_t end) {
     double part[kSimilarityLseMaxParts];
     for (int64_t j = begin; j < end; ++j)
       a.lse_columns[j] = join(column_max + j, a.column_sum + j, plan.groups, keys, part) + column_bias[j];
@@ -377,8 +375,8 @@ void backward(const SimilarityLseBackwardParams& a) {
   const int use = symmetric(p) ? kAsRows | kAsColumns | kForGradients : kAsRows | kForGradients;
   const auto q = Engine::matrix(p.packed_queries, rows, dim, use);
   const auto k = symmetric(p) ? q : Engine::matrix(a.packed_keys, keys, dim, kAsColumns | kForGradients);
-  pack<Engine>(q, p.query_data, p.rows, p.dim);
-  if (!symmetric(p)) pack<Engine>(k, p.key_data, p.keys, p.dim);
+  pack<Engine>(p.threads, q, p.query_data, p.rows, p.dim);
+  if (!symmetric(p)) pack<Engine>(p.threads, k, p.key_data, p.keys, p.dim);
 
   T *row_shift = static_cast<T*>(a.row_shift), *row_factor = static_cast<T*>(a.row_factor);
   T *column_shift = static_cast<T*>(a.column_shift), *column_factor = static_cast<T*>(a.column_factor);
@@ -396,9 +394,9 @@ void backward(const SimilarityLseBackwardParams& a) {
 
   std::fill(a.row_dot, a.row_dot + p.rows, 0.0);
   T *row_sums = static_cast<T*>(a.row_sums), *column_sums = static_cast<T*>(a.column_sums);
-  at::parallel_for(0, rows, 64,
-                   [&](int64_t begin, int64_t end) { std::fill(row_sums + begin * dim, row_sums + end * dim, T(0)); });
-  at::parallel_for(0, keys, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, rows, 64,
+               [&](int64_t begin, int64_t end) { std::fill(row_sums + begin * dim, row_sums + end * dim, T(0)); });
+  parallel_for(p.threads, keys, 64, [&](int64_t begin, int64_t end) {
     std::fill(column_sums + begin * dim, column_sums + end * dim, T(0));
   });
   const auto add_tile = [&](int64_t i, int64_t j) {
@@ -414,12 +412,12 @@ void backward(const SimilarityLseBackwardParams& a) {
   };
   const int64_t row_blocks = (rows + plan.row_block - 1) / plan.row_block;
   if (symmetric(p))
-    for_each_block_pair(row_blocks, add_tile);
+    for_each_block_pair(p.threads, row_blocks, add_tile);
   else
-    for_each_block_of_a_rectangle(row_blocks, (keys + plan.key_block - 1) / plan.key_block, add_tile);
+    for_each_block_of_a_rectangle(p.threads, row_blocks, (keys + plan.key_block - 1) / plan.key_block, add_tile);
 
   const T scale = static_cast<T>(p.scale);
-  at::parallel_for(0, p.rows, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, p.rows, 64, [&](int64_t begin, int64_t end) {
     T *sum = static_cast<T*>(a.row_scratch) + 2 * at::get_thread_num() * dim, *other = sum + dim;
     for (int64_t i = begin; i < end; ++i) {
       const Z* own = static_cast<const Z*>(p.query_data) + i * p.dim;
@@ -440,7 +438,7 @@ void backward(const SimilarityLseBackwardParams& a) {
   for (int64_t i = 0; i < p.rows; ++i) total += a.row_dot[i];
   *a.grad_scale = p.scale == 0 ? total : total / p.scale;
   if (symmetric(p)) return;
-  at::parallel_for(0, p.keys, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(p.threads, p.keys, 64, [&](int64_t begin, int64_t end) {
     T* sum = static_cast<T*>(a.row_scratch) + 2 * at::get_thread_num() * dim;
     for (int64_t j = begin; j < end; ++j) {
       Engine::read_column_sum(column_sums, keys, dim, j, sum);
