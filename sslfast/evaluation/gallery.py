@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from sslfast.training import UserError, data, datasets, decode, files
-from sslfast.training.options import Must, Pixels, Seed, Text, at_least, at_most, check
+from sslfast.training.options import MaxPixels, MaxUnpacked, Must, Pixels, Seed, Text, at_least, at_most, check
 from sslfast.transforms import MoCoV1Transform, MoCoV2Transform, MoCoV3Transform, RandomAugment, SimCLRTransform
 
 RECIPES = {
@@ -44,9 +44,9 @@ class Gallery:
     """Where known data sets are looked for and downloaded to."""
     background: str = "white"
     """Colour on which transparent images are laid: a name, '#808080' or 'rgb(128, 128, 128)'."""
-    max_pixels: int = decode.MAX_PIXELS
+    max_pixels: MaxPixels = decode.MAX_PIXELS
     """Image files of more pixels count as files that cannot be decoded."""
-    max_unpacked: int = datasets.MAX_UNPACKED
+    max_unpacked: MaxUnpacked = datasets.MAX_UNPACKED
     """Bytes that a .gz file of MNIST's kind may unpack to."""
 
 

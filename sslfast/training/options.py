@@ -54,6 +54,8 @@ Width = Annotated[int, at_least(1), at_most(2**14)]
 Pixels = Annotated[int, at_least(0), at_most(4096)]
 Seed = Annotated[int, at_least(0), at_most(2**31 - 1)]
 Workers = Annotated[int, at_least(0), at_most(1024)]
+MaxPixels = Annotated[int, at_least(1), at_most(2**40)]
+MaxUnpacked = Annotated[int, at_least(1), at_most(2**50)]
 Text = Annotated[str, Must("not be empty", bool)]
 
 MAY_CHANGE = "may change when a run is resumed"
@@ -104,9 +106,9 @@ class RunOptions:
     """What to do when an image file cannot be decoded: name it and go on, or stop."""
     background: str = "white"
     """Colour on which transparent images are laid: a name, '#808080' or 'rgb(128, 128, 128)'."""
-    max_pixels: Annotated[int, at_least(1), at_most(2**40)] = decode.MAX_PIXELS
+    max_pixels: MaxPixels = decode.MAX_PIXELS
     """Image files of more pixels count as files that cannot be decoded."""
-    max_unpacked: Annotated[int, at_least(1), at_most(2**50)] = datasets.MAX_UNPACKED
+    max_unpacked: MaxUnpacked = datasets.MAX_UNPACKED
     """Bytes that a .gz file of MNIST's kind may unpack to."""
     log_every: Annotated[Count, MAY_CHANGE] = 10
     """Steps between two lines of metrics.jsonl."""
