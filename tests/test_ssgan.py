@@ -21,7 +21,7 @@ from sslfast.evaluation import evaluate_gan, plots
 from sslfast.evaluation.gan import generate, latents_of, load_networks
 from sslfast.methods import ssgan
 from sslfast.methods.ssgan import SSGAN, Judged, discriminator_loss, generator_loss, judge, train, views
-from sslfast.training import UserError, checkpoint, distributed
+from sslfast.training import UserError, checkpoint, data, distributed
 
 VARIANTS = ["gan", "ssgan", "ssgan-la", "ssgan-la+"]
 SMALL = {"data": "digits", "batch_size": 64, "latent": 16, "device": "cpu", "log_every": 1, "reports": 2}
@@ -145,7 +145,7 @@ def test_variants_learn(variant, tmp_path):
     else:
         assert sum(line["rotation"] for line in lines[-10:]) / 10 > 45, "chance is 25 %"
     latents = latents_of(range(200), 16)
-    real = ssgan.data.load("digits", "train").source.float()
+    real = data.load("digits", "train").source.float()
     made, untrained = (
         generate(load_networks(run, weights)[0], latents, "float32").float() for weights in ("average", "untrained")
     )

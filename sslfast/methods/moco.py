@@ -102,7 +102,7 @@ def train(config: MoCo) -> Path | None:
     saved = nn.ModuleDict(OrderedDict(encoder=encoder, head=head, predictor=predictor, key=key_model, queue=queue))
     with rehearsal(config, images, model) as some:
         transform = build_transform(config, images.channels)
-        model(transform(some)[0].to(device))
+        model(transform(some, torch.arange(2), 0)[0].to(device))
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
     pairs = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]  # (the view of the queries, the view of the keys)
 

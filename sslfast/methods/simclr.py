@@ -90,7 +90,7 @@ def train(config: SimCLR) -> Path | None:
             memory_format=torch.channels_last,
             seed=config.seed,
         )
-        model(transform(some)[0].to(device))
+        model(transform(some, torch.arange(2), 0)[0].to(device))
     criterion = NTXentLoss(config.temperature, gather_distributed=True)
     optimizer = optimizers.build(config.optimizer, model, config.lr, config.momentum, config.weight_decay)
 

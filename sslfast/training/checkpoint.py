@@ -139,7 +139,12 @@ def method_of(args: list[str] | None) -> str | None:
     """Return the method of the run that a command line names (None: that of this process), or None if it names none."""
     words = sys.argv[2:] if args is None else args
     runs = [Path(word) for word in words if (Path(word) / "config.json").is_file()]
-    return load_config(runs[0])["method"] if runs else None
+    return method_in(runs[0]) if runs else None
+
+
+def method_in(run: Path) -> str:
+    """Return the method of a run, or raise UserError for a folder without one."""
+    return _settings(run)["method"]
 
 
 def load_config(run: Path, method: str | None = None) -> dict[str, Any]:
@@ -148,6 +153,27 @@ def load_config(run: Path, method: str | None = None) -> dict[str, Any]:
     Raises UserError for a folder without a run, or with one of another method than ``method``, and for a file that is
     damaged.
     """
+    path, settings = run / "config.json", _settings(run)
+    began = settings["method"]
+    if method not in (None, began):
+        raise UserError(f"{run} is a run of {began}, not of {method}")
+    kind = options_of(began)
+    assert kind is not None
+    settings = {"method": began, **vars(kind()), **settings}
+    if issubclass(kind, EncoderOptions):
+        settings.setdefault("classes", [])  # which version 0.1 did not keep
+    for name, hint in {**get_type_hints(kind, include_extras=True), **FACTS}.items():
+        if name not in settings:
+            raise UserError(f"{path} is damaged: it does not say {name}")
+        if wrong := complaint(settings[name], hint):
+            raise UserError(f"{path} is damaged: its {name} {wrong}")
+        if get_origin(hint) is tuple:
+            settings[name] = tuple(settings[name])  # which JSON made a list
+    return settings
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    """Return what config.json says, with a method that there is."""
     path = run / "config.json"
     if not path.is_file():
         raise UserError(f"{run} holds no run (there is no file {path})")
@@ -159,21 +185,8 @@ def load_config(run: Path, method: str | None = None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is damaged: it is no list of settings by name")
     began = settings.get("method")
-    kind = options_of(began) if isinstance(began, str) else None
-    if kind is None:
+    if not isinstance(began, str) or options_of(began) is None:
         raise UserError(f"{path} is damaged: its method is {began!r}, which sslfast does not have")
-    if method not in (None, began):
-        raise UserError(f"{run} is a run of {began}, not of {method}")
-    settings = {"method": began, **vars(kind()), **settings}
-    if issubclass(kind, EncoderOptions):
-        settings.setdefault("classes", [])  # which version 0.1 did not keep
-    for name, hint in {**get_type_hints(kind, include_extras=True), **FACTS}.items():
-        if name not in settings:
-            raise UserError(f"{path} is damaged: it does not say {name}")
-        if wrong := complaint(settings[name], hint):
-            raise UserError(f"{path} is damaged: its {name} {wrong}")
-        if get_origin(hint) is tuple:
-            settings[name] = tuple(settings[name])  # which JSON made a list
     return settings
 
 

@@ -38,9 +38,9 @@ def parse(kind: type[Config], method: str, args: list[str] | None = None) -> Con
     folder = config.run if again else config.resume
     if not folder or (again and not distributed.on_main((Path(folder) / "config.json").exists)):
         return config
-    settings = distributed.on_main(lambda: checkpoint.load_config(Path(folder)))
-    if (began := settings["method"]) != method:
+    if (began := distributed.on_main(lambda: checkpoint.method_in(Path(folder)))) != method:
         raise UserError(f"{folder} is a run of {began}: sslfast {began} --resume {folder} continues it")
+    settings = distributed.on_main(lambda: checkpoint.load_config(Path(folder)))
     saved = {field.name: settings[field.name] for field in dataclasses.fields(config)}
     if again:
         return dataclasses.replace(config, **saved | {"resume": folder})
