@@ -285,6 +285,11 @@ def test_saved_files_are_whole_or_not_there(tmp_path, monkeypatch):
     scheduler = schedulers.DDPMScheduler()
     scheduler.save_config(tmp_path)
     before = (tmp_path / "scheduler_config.json").read_text()
+    (tmp_path / "link").hardlink_to(tmp_path / "scheduler_config.json")
+    schedulers.DDPMScheduler(beta_end=0.5).save_config(tmp_path)
+    assert (tmp_path / "link").read_text() == before  # another file took its place
+    scheduler.save_config(tmp_path)
+    (tmp_path / "link").unlink()
     monkeypatch.setattr(schedulers.DDPMScheduler, "to_json_string", lambda self: "\udcff")  # cannot be written
     with pytest.raises(UnicodeEncodeError):
         scheduler.save_config(tmp_path)
@@ -451,11 +456,11 @@ def run_changed(scheduler, change, name):
     torch.manual_seed(0)
     scheduler.set_timesteps(10)
     x = noise(2, 3, 4, 4)
+    options = {"eta": 0.5} if name == DDIM else {}
     for t in scheduler.timesteps[:2]:
-        x = scheduler.step(model(x, t), t, x).prev_sample
+        x = scheduler.step(model(x, t), t, x, **options).prev_sample
     change(scheduler)
     found = []
-    options = {"eta": 0.5} if name == DDIM else {}
     for t in scheduler.timesteps[[2, 3, -1]]:
         out = scheduler.step(model(x, t), t, x, **options)
         found += out.to_tuple()
