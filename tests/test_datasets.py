@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sslfast.evaluation import plots
 from sslfast.training import UserError, data, datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
@@ -204,6 +206,27 @@ def test_any_tree_is_understood_or_refused(image, files, links):
                 assert label < 0 or images.classes[label] in path.relative_to(root).parts[:2]
                 files_of_classes.add((path.resolve(), label, path.relative_to(root).parts[:-1][:2]))
             assert len(files_of_classes) == len(images)
+
+
+def test_names_may_be_any_bytes(tmp_path, image, capsys, monkeypatch):
+    for name in (b"caf\xe9", b"two\nlines", b"$\\frac", b"_hidden"):
+        folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name))
+        fill(folder, image)
+    train, _ = both(tmp_path)
+    assert len(train.classes) == 4
+    train.found.encode()
+    train.source[0].write_bytes(b"")
+    next(data.batches(train, [np.arange(2)]))
+    assert len(capsys.readouterr().out.encode().splitlines()) == 1
+    with pytest.raises(UserError) as refused:
+        next(data.batches(train, [np.arange(2)], corrupt="stop"))
+    str(refused.value).encode()
+    monkeypatch.setattr("sklearn.manifold.TSNE.fit_transform", lambda self, points: points[:, :2])
+    features = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    plots.embedding_map(features, torch.arange(8) % 4, train.classes, tmp_path / "map.png")
+    pixels = torch.zeros(4, 1, 3, 4, 4, dtype=torch.uint8)
+    labels = torch.arange(4)
+    plots.neighbour_sheet(pixels[:, 0], labels, pixels, labels[:, None], train.classes, tmp_path / "sheet.png")
 
 
 def test_one_image_is_no_training_set(tmp_path, image):

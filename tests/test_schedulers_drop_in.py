@@ -222,13 +222,15 @@ def test_shapes_broadcast_as_in_diffusers(name):
             assert_same(ours.add_noise(x, e, times), theirs.add_noise(x, e, times))
         if name != DPM:
             assert_same(ours.get_velocity(x, e, times), theirs.get_velocity(x, e, times))
-    for y, x in ((one, four), (four, one)):
-        found = []
-        for scheduler in (ours, theirs):
-            if name == DPM:
+    for prediction_type in ("epsilon", "sample"):
+        theirs, ours = theirs_and_ours(name, prediction_type=prediction_type)
+        for y, x in ((one, four), (four, one)):
+            found = []
+            for scheduler in (ours, theirs):
                 scheduler.set_timesteps(10)
-            found.append(scheduler.step(y, t[0], x, generator=torch.Generator().manual_seed(0)).prev_sample)
-        assert_same(*found)
+                found.append(scheduler.step(y, t[0], x, generator=torch.Generator().manual_seed(0)).to_tuple())
+            for a, b in zip(*found, strict=True):
+                assert_same(a, b)
     with pytest.raises(ValueError, match="expected shapes that broadcast, got"):
         ours.step(noise(3, 3, 4, 4), t[0], four)
 
@@ -283,6 +285,11 @@ def test_saved_files_are_whole_or_not_there(tmp_path, monkeypatch):
     scheduler = schedulers.DDPMScheduler()
     scheduler.save_config(tmp_path)
     before = (tmp_path / "scheduler_config.json").read_text()
+    (tmp_path / "link").hardlink_to(tmp_path / "scheduler_config.json")
+    schedulers.DDPMScheduler(beta_end=0.5).save_config(tmp_path)
+    assert (tmp_path / "link").read_text() == before  # another file took its place
+    scheduler.save_config(tmp_path)
+    (tmp_path / "link").unlink()
     monkeypatch.setattr(schedulers.DDPMScheduler, "to_json_string", lambda self: "\udcff")  # cannot be written
     with pytest.raises(UnicodeEncodeError):
         scheduler.save_config(tmp_path)
@@ -449,11 +456,11 @@ def run_changed(scheduler, change, name):
     torch.manual_seed(0)
     scheduler.set_timesteps(10)
     x = noise(2, 3, 4, 4)
+    options = {"eta": 0.5} if name == DDIM else {}
     for t in scheduler.timesteps[:2]:
-        x = scheduler.step(model(x, t), t, x).prev_sample
+        x = scheduler.step(model(x, t), t, x, **options).prev_sample
     change(scheduler)
     found = []
-    options = {"eta": 0.5} if name == DDIM else {}
     for t in scheduler.timesteps[[2, 3, -1]]:
         out = scheduler.step(model(x, t), t, x, **options)
         found += out.to_tuple()
@@ -815,3 +822,77 @@ def test_there_is_no_hub_without_diffusers():
         Plain().save_pretrained("folder", push_to_hub=True)
     assert Plain(4).config == {"size": 4, "_use_default_values": []}
     assert Plain().config._use_default_values == ["size"]
+
+
+# ------------------------------------------------------------------------------------------ timesteps on a GPU
+
+
+class Far(torch.Tensor):
+    """A CPU tensor that looks like one on a GPU, and counts how often it is read."""
+
+    reads = 0
+    is_cpu = False
+
+    def cpu(self):
+        Far.reads += 1
+        return self.as_subclass(torch.Tensor).clone()
+
+    def item(self):
+        Far.reads += 1
+        return super().item()
+
+
+def test_timesteps_on_a_gpu_are_read_once_and_again_when_they_changed():
+    timesteps = torch.tensor([900, 500, 100]).as_subclass(Far)
+    Far.reads = 0
+    assert [_fused.number_of(t, timesteps) for t in (*timesteps, timesteps[1:2])] == [900, 500, 100, 500]
+    assert Far.reads == 1
+    timesteps[1] = 400
+    assert [_fused.number_of(t, timesteps) for t in timesteps] == [900, 400, 100]
+    assert Far.reads == 2
+    another = timesteps[:2].clone()  # known to none but the GPU
+    assert _fused.number_of(another[0], timesteps) is None
+    assert Far.reads == 2
+    assert _fused.number_of(another[0], timesteps, wait=True) == 900
+    with torch.inference_mode():  # where changes leave no trace
+        unseen = torch.tensor([900, 500]).as_subclass(Far)
+        assert _fused.number_of(unseen[1], unseen) == 500
+        unseen[1] = 3
+        assert _fused.number_of(unseen[1], unseen) == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_on_a_device_equal_diffusers_and_do_not_wait(name, cuda_device):
+    theirs, ours = theirs_and_ours(name)
+    for scheduler in (theirs, ours):
+        scheduler.set_timesteps(6, device=cuda_device)
+    x = noise(2, 3, 8, 8).to(cuda_device)
+    generators = [torch.Generator(cuda_device).manual_seed(1) for _ in range(2)]
+    options = {"eta": 0.5} if name == DDIM else {}
+    for t in theirs.timesteps:
+        y = model(x, t)
+        expected = theirs.step(y, t, x, generator=generators[0], **options).prev_sample
+        found = ours.step(
+            y, ours.timesteps[(theirs.timesteps == t).nonzero()[0, 0]], x, generator=generators[1], **options
+        )
+        torch.testing.assert_close(found.prev_sample, expected, rtol=1e-4, atol=1e-4)
+        x = expected
+    assert torch.equal(*(generator.get_state() for generator in generators))
+    ours.set_timesteps(6, device=cuda_device)
+    seeds = torch.arange(2, device=cuda_device)
+    for round in range(2):  # tables are made in the first
+        if name == DPM:
+            ours.set_timesteps(6, device=cuda_device)
+        torch.cuda.set_sync_debug_mode("error" if round and name != DPM else "default")
+        try:
+            for t in ours.timesteps:
+                x = ours.step(0.5 * x, t, x, seeds=seeds, **options).prev_sample
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    t = ours.timesteps[:2].tolist()
+    torch.testing.assert_close(
+        ours.add_noise(x, x, torch.tensor(t)).cpu(),
+        ours.add_noise(x.cpu(), x.cpu(), torch.tensor(t)),
+        rtol=1e-5,
+        atol=1e-5,
+    )

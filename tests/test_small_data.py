@@ -1,17 +1,20 @@
 """Sizes 0 and 1 of data, after splitting and after skipping, in every evaluation and picture; files of all kinds."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_results, metrics
 
 from sslfast.cli import main
 from sslfast.evaluation import evaluate, features, generative, linear, plots
-from sslfast.training import checkpoint, data
+from sslfast.training import checkpoint, data, loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:The image decoding and encoding")
 
@@ -213,6 +216,33 @@ def test_files_of_all_kinds_train(tmp_path, method, capsys):
     )
     assert main([method, "--resume", str(tmp_path / "run"), "--background", "black"]) == 1
     assert "--background was #102030" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_stopped_between_steps_without_images_a_run_ends_the_same(tmp_path, monkeypatch, stop):
+    write(tmp_path / "data", 12)
+    order = data.epoch_order(12, 0, 0).reshape(6, 2)
+    images = data.load(str(tmp_path / "data"), "train")
+    for row in (*order[1], *order[2], order[3][0]):  # two batches are empty, and one has a single image
+        images.source[row].write_bytes(b"")
+    words = ["simclr", "--data", str(tmp_path / "data"), *COMMON, *METHODS["simclr"], "--batch-size", "2"]
+    assert main([*words, "--run", str(tmp_path / "whole")]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "whole")] == [1, 5, 6]
+
+    end_step = loop.Loop.end_step
+
+    def end_step_and_signal(self, *args, **values):
+        if self.step + 1 == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        end_step(self, *args, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Loop, "end_step", end_step_and_signal)
+        with pytest.raises(SystemExit):
+            main([*words, "--run", str(tmp_path / "stopped")])
+    assert checkpoint.load(tmp_path / "stopped")[1]["step"] == stop
+    assert main(["simclr", "--resume", str(tmp_path / "stopped")]) == 0
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_files_of_too_many_pixels_are_skipped_by_name(tmp_path, capsys):

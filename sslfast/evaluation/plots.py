@@ -8,7 +8,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from sslfast.training import files, logging
+from sslfast.training import datasets, files, logging
 
 INK, FAINT, LINE = "#22272e", "#c9d1d9", "#1f6feb"
 RIGHT, WRONG = "#2da44e", "#d1242f"
@@ -96,7 +96,7 @@ def embedding_map(features: Tensor, labels: Tensor, classes: list[str], path: Pa
     for place, number in enumerate(shown):
         color = palette(place if len(shown) <= 20 else place / len(shown))
         mine = points[(labels == number).numpy()]
-        axes.scatter(*mine.T, s=7, color=color, alpha=0.75, linewidths=0, label=classes[number])
+        axes.scatter(*mine.T, s=7, color=color, alpha=0.75, linewidths=0, label=_name(classes[number]))
     if len(shown) <= 20:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, markerscale=3, handletextpad=0.2)
     axes.set(title=f"Features of {len(features):,} test images (t-SNE), coloured by class", xticks=[], yticks=[])
@@ -129,13 +129,19 @@ def neighbour_sheet(
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color=color, linewidth=2)
             if column == 0:
-                name = classes[query_labels[row]]
+                name = _name(classes[query_labels[row]])
                 axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, color=INK, fontsize=10)
                 if row == 0:
                     axes.set_title("query", fontsize=10, color=INK)
             elif column == 2 and row == 0:
                 axes.set_title("nearest training images, best first", fontsize=10, color=INK, loc="left")
     _save(figure, path)
+
+
+def _name(name: str) -> str:
+    """Return a class's name as matplotlib shows it as it is: no formula, no hidden label."""
+    shown = datasets.printable(name).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _figure(width: float, height: float):

@@ -115,7 +115,9 @@ class Scheduler(SchedulerMixin, ConfigMixin):
         if device.type == alphas.device.type == "cpu":
             return alphas.float()
         numbers = on_host(alphas)
-        return table_of(self, "alphas", device, numbers.tobytes(), lambda: torch.tensor(numbers).float())[0]
+        return table_of(
+            self, "alphas", device, numbers.tobytes(), lambda: torch.from_numpy(numbers.astype(np.float32))
+        )[0]
 
 
 def q_sample(alphas: Tensor, x0: Tensor, noise: Tensor, timesteps: Tensor, prediction_type: str = "epsilon"):

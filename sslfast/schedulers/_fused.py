@@ -48,6 +48,11 @@ def on_host(t: Tensor) -> np.ndarray:
     return known[1]
 
 
+def number_in(t: Tensor) -> float:
+    """The number of a tensor with one element; see `on_host`."""
+    return t.item() if t.is_cpu else on_host(t).item()
+
+
 def put_on(device, numbers: np.ndarray) -> Tensor:
     """A tensor of these numbers on a device, which `on_host` need not read back."""
     with torch.inference_mode(False):  # else its changes could not be seen

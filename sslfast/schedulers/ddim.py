@@ -8,7 +8,18 @@ from torch import Tensor
 
 from sslfast import _C
 from sslfast.schedulers._base import Scheduler
-from sslfast.schedulers._fused import Output, alike, fused, inputs_of, number_of, on_host, randn, row_of, table_of
+from sslfast.schedulers._fused import (
+    Output,
+    alike,
+    fused,
+    inputs_of,
+    number_in,
+    number_of,
+    on_host,
+    randn,
+    row_of,
+    table_of,
+)
 from sslfast.schedulers._mixins import register_to_config
 from sslfast.schedulers._schedules import spaced
 
@@ -114,7 +125,7 @@ def step(
     clip = config.clip_sample_range if config.clip_sample else None
     previous, x0 = fused(config, model, x, row, clip=clip, noise=noise, seeds=seeds if eta > 0 else None)
     if config.prediction_type == "sample":
-        x0 = x0.to(model_output.dtype)
+        x0 = x0[: len(model_output)].to(model_output.dtype)  # it is the model's output
     elif variance_noise is not None:
         x0 = x0.to(torch.promote_types(model_output.dtype, sample.dtype))
     return previous, x0
@@ -122,13 +133,17 @@ def step(
 
 def _table(scheduler, device: torch.device, eta: float, use_clipped_model_output: bool) -> tuple[Tensor, np.ndarray]:
     """A row for each timestep."""
-    config, alphas, final = scheduler.config, on_host(scheduler.alphas_cumprod), scheduler.final_alpha_cumprod.item()
+    config, alphas, final = (
+        scheduler.config,
+        on_host(scheduler.alphas_cumprod),
+        number_in(scheduler.final_alpha_cumprod),
+    )
     stride = config.num_train_timesteps // scheduler.num_inference_steps
 
     def make() -> Tensor:
         t = np.arange(len(alphas))
         of_next = np.where(t >= stride, alphas[(t - stride).clip(0)], final)
-        pairs = torch.tensor(np.stack([alphas, of_next], 1), dtype=torch.float32)
+        pairs = torch.from_numpy(np.stack([alphas, of_next], 1).astype(np.float32))
         return _C.ddim_coefficients(pairs, torch.from_numpy(t), config.prediction_type, eta, use_clipped_model_output)
 
     key = (alphas.tobytes(), final, stride, config.prediction_type, eta, use_clipped_model_output)

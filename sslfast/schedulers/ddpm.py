@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslfast import _C
 from sslfast.schedulers._base import Scheduler
-from sslfast.schedulers._fused import Output, fused, inputs_of, number_of, on_host, randn, row_of, table_of
+from sslfast.schedulers._fused import Output, fused, inputs_of, number_in, number_of, on_host, randn, row_of, table_of
 from sslfast.schedulers._mixins import register_to_config
 from sslfast.schedulers._schedules import falling, is_custom, spaced
 
@@ -147,13 +147,13 @@ def step(scheduler, model_output: Tensor, timestep, sample: Tensor, generator, s
         variance=kind if learned else "fixed",
     )
     if config.prediction_type == "sample":
-        x0 = x0.to(mean.dtype)
+        x0 = x0[: len(mean)].to(mean.dtype)  # it is the model's output
     return previous, x0
 
 
 def _table(scheduler, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """A row for each timestep; NaN where sampling does not come by."""
-    config, alphas, one = scheduler.config, on_host(scheduler.alphas_cumprod), scheduler.one.item()
+    config, alphas, one = scheduler.config, on_host(scheduler.alphas_cumprod), number_in(scheduler.one)
     steps = None
     if scheduler.custom_timesteps or scheduler.num_inference_steps:
         steps = on_host(scheduler.timesteps)
@@ -165,9 +165,9 @@ def _table(scheduler, device: torch.device) -> tuple[Tensor, np.ndarray]:
         known = (t >= 0) & (t < len(alphas)) & (after < len(alphas))
         t, after = t[known][::-1].copy(), after[known][::-1]  # so that the first of the same timestep counts
         of_after = np.where(after >= 0, alphas[after.clip(0)], one)
-        pairs = torch.tensor(np.stack([alphas[t], of_after], 1), dtype=torch.float32)
+        pairs = torch.from_numpy(np.stack([alphas[t], of_after], 1).astype(np.float32))
         rows = _C.ddpm_coefficients(pairs, torch.from_numpy(t), config.prediction_type, variance)
-        table = torch.full((len(alphas), rows.shape[1]), torch.nan)
+        table = torch.full((len(alphas), rows.shape[1]), torch.nan, device=rows.device)
         table[t] = rows
         return table
 

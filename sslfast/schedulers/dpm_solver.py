@@ -224,9 +224,9 @@ class DPMSolverMultistepScheduler(Scheduler):
         count = len(sigmas) - 1
 
         def make() -> Tensor:
-            rows, indices = [], torch.arange(count)
-            column = torch.from_numpy(sigmas).double()
-            ratios = torch.full((count, 4), torch.nan, dtype=torch.float64)
+            rows, indices = [], torch.arange(count, device="cpu")
+            column = torch.from_numpy(sigmas.astype(np.float64))
+            ratios = torch.full((count, 4), torch.nan, dtype=torch.float64, device="cpu")
             for behind in range(-1, 3):
                 ratios[max(behind, 0) :, behind + 1] = column.roll(behind)[max(behind, 0) : count]
                 if behind == 0:  # no step back by a rounding, of which an SDE would make the root

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sslfast.training import UserError
-from sslfast.training.datasets import KNOWN, Images, load, load_for
+from sslfast.training.datasets import KNOWN, Images, load, load_for, printable
 from sslfast.training.decode import decode
 
 __all__ = ["KNOWN", "Images", "batches", "epoch_order", "load", "load_for"]
@@ -64,10 +64,11 @@ def batches(
                 if isinstance(decoded, Tensor):
                     good.append((row, decoded))
                 elif corrupt == "stop":
-                    raise UserError(f"cannot decode {images.source[row]}: {decoded}")
+                    raise UserError(printable(f"cannot decode {images.source[row]}: {decoded}"))
                 elif row not in images.skipped:
                     images.skipped.add(row)
-                    print(f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)", flush=True)
+                    said = f"skipped {images.source[row]}: {decoded} ({len(images.skipped)} skipped so far)"
+                    print(printable(said), flush=True)
             ids = torch.tensor([row for row, _ in good], dtype=torch.int64)
             decoded_images = [decoded for _, decoded in good]
             if square and not good:

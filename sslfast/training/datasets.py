@@ -114,6 +114,7 @@ def load(
     if not images.found:
         images.found = f"{name}: {_count(len(images), f'{split} image')} of {_count(len(images.classes), 'class')}"
         images.found = images.found.replace("train image", "training image")
+    images.found = printable(images.found)
     images.background, images.max_pixels = colour, max_pixels
     return images
 
@@ -414,6 +415,11 @@ def _above(folder: Path) -> set[tuple[int, int]]:
 
 
 # ---------------------------------------------------------------------------------------------- words of `found`
+
+
+def printable(text: object) -> str:
+    """Return a text of names as one line that every terminal takes: names of files may be any bytes."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
 
 
 def _count(number: int, thing: str) -> str:
