@@ -7,6 +7,7 @@ checkpoints stay as they were.
 
 import functools
 import importlib
+import inspect
 import logging
 import pkgutil
 from collections import Counter
@@ -138,11 +139,21 @@ def _say_once(sentence: str) -> None:
         log.warning("%s", sentence)
 
 
+@functools.cache
+def _parts(base: type, method: str) -> frozenset[str]:
+    """The names of all that a class computes with besides `method`."""
+    names = {name for parent in base.__mro__ if parent not in nn.Module.__mro__ for name in vars(parent)}
+    return frozenset(name for name in names if name != method and not name.startswith("__"))
+
+
+def _same_parts(kind: type, base: type, method: str) -> bool:
+    static = inspect.getattr_static  # getattr would bind class methods anew each time
+    return kind is base or all(static(kind, name) is static(base, name) for name in _parts(base, method))
+
+
 def _check_unchanged(obj: object, base: type, method: str) -> None:
     """Raise unless an object computes as `base` does; its constructor and `method` may differ, and call super()."""
-    names = {name for parent in base.__mro__ if parent not in nn.Module.__mro__ for name in vars(parent)}
-    names -= {name for name in names if name == method or name.startswith("__")}
-    if any(name in vars(obj) or getattr(type(obj), name) is not getattr(base, name) for name in names):
+    if not _parts(base, method).isdisjoint(vars(obj)) or not _same_parts(type(obj), base, method):
         raise Unsupported("a subclass that changes how it computes")
     parts = obj.children() if isinstance(obj, nn.Module) else ()
     if any(part._forward_hooks or part._forward_pre_hooks for part in parts):
