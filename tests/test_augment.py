@@ -418,7 +418,7 @@ def test_opcheck():
     images = photos(2, 20, 20)
     params = list(draw_params([SIMCLR] * 2, image_sizes(images), seed=0))
     for channels_last in (False, True):
-        arguments = (True, 16, 16, "bilinear", True, 3, [0.0] * 3, [1.0] * 3, torch.float32, channels_last)
+        arguments = (True, 16, 16, "bilinear", True, 3, [0.0] * 3, [1.0] * 3, "float32", channels_last)
         torch.library.opcheck(torch.ops.sslfast.augment_forward.default, ([images], params, *arguments))
         torch.library.opcheck(torch.ops.sslfast.augment_forward.default, (list(images), params, *arguments))
 

@@ -357,7 +357,7 @@ def test_opcheck(dtype):
     check(ops.diffusion_q_sample, (x, t, ALPHAS, "sample", None, seeds, 3))
     check(ops.diffusion_loss_backward, (torch.ones(2), x, model, t, ALPHAS, "epsilon", 5.0))
     check(ops.diffusion_loss_forward, (x.requires_grad_(), model.requires_grad_(), t, ALPHAS, "epsilon", 5.0))
-    check(ops.diffusion_noise, (seeds, [3, 5], 1, dtype))
+    check(ops.diffusion_noise, (seeds, [3, 5], 1, str(dtype).removeprefix("torch.")))
 
 
 def test_more_elements_than_fit_an_int(emulator):

@@ -9,6 +9,17 @@ from torch import Tensor
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """What an op takes for a dtype: where an op's argument is a dtype, torch crashes by a number that is none."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of that name, or raise ValueError."""
+    check_choice("dtype", name, tuple(map(name_of, ROW_DTYPES)))
+    return getattr(torch, name)
+
+
 def largest_number(like: Tensor | None) -> float:
     """The largest finite number of the arithmetic for `like`, which is float32 at least."""
     return torch.finfo(torch.float64 if like is None or like.dtype == torch.float64 else torch.float32).max

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sslfast import _C, reference
-from sslfast.ops._check import check_choice, check_dense, check_integer, check_number
+from sslfast.ops._check import check_choice, check_dense, check_integer, check_number, dtype_of, name_of
 from sslfast.ops._route import DEVICES, refuse_other_derivatives
 
 STEPS = ("brightness", "contrast", "saturation", "hue", "grayscale", "blur", "solarize")
@@ -207,7 +207,7 @@ def augment(
         kernel_size,
         mean,
         std,
-        dtype,
+        name_of(dtype),
         channels_last,
     )
 
@@ -250,13 +250,11 @@ def _forward(
     kernel_size: int,
     mean: list[float],
     std: list[float],
-    dtype: torch.dtype,
+    dtype: str,
     channels_last: bool,
 ) -> Tensor:
-    size = (height, width)
-    return _C.augment_forward(
-        images, params, channels_first, *size, interpolation, antialias, kernel_size, mean, std, dtype, channels_last
-    )
+    arguments = channels_first, height, width, interpolation, antialias, kernel_size, mean, std
+    return _C.augment_forward(images, params, *arguments, dtype_of(dtype), channels_last)
 
 
 refuse_other_derivatives(_forward)
@@ -267,8 +265,8 @@ def _(images, params, channels_first, height, width, _i, _a, _k, _m, _s, dtype, 
     batch, views = images[0].dim() == 4, params[0].shape[0]
     samples, channels = images[0].shape[0] if batch else len(images), images[0].shape[-3 if channels_first else -1]
     if channels_last:
-        return images[0].new_empty((views, samples, height, width, channels), dtype=dtype).movedim(-1, 2)
-    return images[0].new_empty((views, samples, channels, height, width), dtype=dtype)
+        return images[0].new_empty((views, samples, height, width, channels), dtype=dtype_of(dtype)).movedim(-1, 2)
+    return images[0].new_empty((views, samples, channels, height, width), dtype=dtype_of(dtype))
 
 
 # ------------------------------------------------------------------------------------------------------ arguments
@@ -350,6 +348,10 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
                 raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
         if not tensors:
             raise ValueError("images: expected at least one image, got an empty list")
+        for i, image in enumerate(tensors):
+            if image.device != tensors[0].device:
+                expected = f"the device of the other images, {tensors[0].device}"
+                raise ValueError(f"images[{i}]: expected {expected}, got {image.device}")
     shape = tensors[0].shape[-3:]
     first = {image.shape[-3] for image in tensors} == {shape[0]} and shape[0] in (1, 3)
     last = {image.shape[-1] for image in tensors} == {shape[2]} and shape[2] in (1, 3)

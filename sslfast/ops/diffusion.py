@@ -15,6 +15,8 @@ from sslfast.ops._check import (
     check_integer,
     check_like,
     check_number,
+    dtype_of,
+    name_of,
 )
 from sslfast.ops._route import DEVICES, KERNEL, REFERENCE, has_kernel, refuse_other_derivatives, route
 
@@ -59,7 +61,7 @@ def diffusion_noise(
         raise ValueError(f"shape: expected at most {MAX_NORMALS} elements, got {tuple(shape)}")
     if seeds.device.type in DEVICES and route(seeds) == KERNEL:
         return _C.diffusion_noise(seeds, shape, step, dtype)
-    return torch.ops.sslfast.diffusion_noise(seeds, shape, step, dtype)
+    return torch.ops.sslfast.diffusion_noise(seeds, shape, step, name_of(dtype))
 
 
 def diffusion_step(
@@ -239,15 +241,14 @@ def _run_diffusion_loss(prediction, target, timesteps, alphas_cumprod, predictio
 
 
 @torch.library.custom_op("sslfast::diffusion_noise", mutates_args=())
-def _noise(seeds: Tensor, shape: list[int], step: int, dtype: torch.dtype) -> Tensor:
-    if seeds.device.type in DEVICES:
-        return _C.diffusion_noise(seeds, shape, step, dtype)
-    return _C.diffusion_noise(seeds.cpu(), shape, step, dtype).to(seeds.device)
+def _noise(seeds: Tensor, shape: list[int], step: int, dtype: str) -> Tensor:
+    where = seeds if seeds.device.type in DEVICES else seeds.cpu()
+    return _C.diffusion_noise(where, shape, step, dtype_of(dtype)).to(seeds.device)
 
 
 @_noise.register_fake
 def _(seeds, shape, step, dtype):
-    return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype)
+    return seeds.new_empty((seeds.shape[0], *shape), dtype=dtype_of(dtype))
 
 
 # An op of its own, because tracing can not read the steps of the rows.
