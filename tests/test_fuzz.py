@@ -245,7 +245,12 @@ def of_diffusion_noise(r: Rng):
     return (
         _noise,
         _reference_noise,
-        [r.ints(r.choice([0, 1, 3]), 2**40), [r.choice([1, 3, 8, 33]) for _ in range(r.randrange(3))], r.choice([0, 7, 255]), r.choice(FLOATS)],
+        [
+            r.ints(r.choice([0, 1, 3]), 2**40),
+            [r.choice([1, 3, 8, 33]) for _ in range(r.randrange(3))],
+            r.choice([0, 7, 255]),
+            r.choice(FLOATS),
+        ],
     )
 
 
