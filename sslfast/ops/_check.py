@@ -89,7 +89,7 @@ def check_number(name: str, value: object, *, positive: bool = False) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or (positive and number <= 0):
+    if not -math.inf < number < math.inf or (positive and number <= 0):  # which tracing knows, unlike math.isfinite
         raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
     return number
 
