@@ -68,10 +68,10 @@ def start(config: Config, least: int = 1, file_size: int = 224) -> tuple[Config,
     if config.batch_size < least * world_size():
         raise UserError(f"--batch-size {config.batch_size} is too small: each rank needs at least {least} images")
     config = dataclasses.replace(config, data=_from_anywhere(config.data), data_dir=_from_anywhere(config.data_dir))
-    with distributed.one_rank_first():
-        if config.resume:
-            settings = distributed.on_main(lambda: checkpoint.load_config(Path(config.resume)))
-            images = load_images(settings, "train", config.data, config.data_dir)
+    began = distributed.on_main(lambda: checkpoint.load_config(Path(config.resume)) if config.resume else None)
+    with distributed.one_rank_first():  # within, ranks do not talk to each other
+        if began:
+            images = load_images(began, "train", config.data, config.data_dir)
         else:
             images = data.load_for(vars(config), "train")
     if distributed.is_main():
