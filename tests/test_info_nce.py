@@ -326,8 +326,8 @@ def test_bad_arguments(name):
 
 
 def test_loss_refuses_a_bad_temperature():
-    for temperature in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="temperature: expected a positive number"):
+    for temperature in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="temperature: expected a"):
             NTXentLoss(temperature)
 
 
