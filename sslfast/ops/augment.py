@@ -133,8 +133,6 @@ def draw_params(
     if sizes.numel() % 2:
         raise ValueError(f"image_sizes: expected shape (images, 2), got {tuple(sizes.shape)}")
     sizes = sizes.reshape(-1, 2)
-    if ((sizes < 1) | (sizes >= 2**31)).any():
-        raise ValueError(f"image_sizes: expected at least 1 and less than 2³¹ pixels, got {sizes.tolist()[:9]}")
     check_integer("seed", seed, -(2**63), 2**64 - 1)
     check_integer("epoch", epoch, 0, 2**32 - 1)
     return AugmentParams(
@@ -191,6 +189,8 @@ def augment(
         raise TypeError(f"params: expected AugmentParams, got {type(params).__name__}")
     channels_last = memory_format == torch.channels_last
     if tensors[0].device.type not in DEVICES:
+        if len({image.device for image in tensors}) > 1:
+            raise ValueError(f"images: expected one device, got {tensors[0].device} and others")
         batch = [x if channels_first else x.movedim(-1, 0) for x in (tensors[0] if tensors[0].dim() == 4 else tensors)]
         out = reference.augment.augment(
             batch, params, (height, width), interpolation, antialias, kernel_size, mean, std
@@ -343,15 +343,13 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
     else:
         tensors = list(images)
         for i, image in enumerate(tensors):
+            if isinstance(image, Tensor) and not image.is_nested and image.dim() == 3:
+                continue  # the rest is checked in C++
             check_dense(f"images[{i}]", image)
             if image.dim() != 3:
                 raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
         if not tensors:
             raise ValueError("images: expected at least one image, got an empty list")
-        for i, image in enumerate(tensors):
-            if image.device != tensors[0].device:
-                expected = f"the device of the other images, {tensors[0].device}"
-                raise ValueError(f"images[{i}]: expected {expected}, got {image.device}")
     shape = tensors[0].shape[-3:]
     first = {image.shape[-3] for image in tensors} == {shape[0]} and shape[0] in (1, 3)
     last = {image.shape[-1] for image in tensors} == {shape[2]} and shape[2] in (1, 3)
