@@ -343,9 +343,8 @@ def _images(images, layout: str | None) -> tuple[list[Tensor], bool, int]:
     else:
         tensors = list(images)
         for i, image in enumerate(tensors):
-            if isinstance(image, Tensor) and not image.is_nested and image.dim() == 3:
-                continue  # the rest is checked in C++
-            check_dense(f"images[{i}]", image)
+            if not isinstance(image, Tensor) or image.is_nested or image.layout is not torch.strided:
+                check_dense(f"images[{i}]", image)
             if image.dim() != 3:
                 raise ValueError(f"images[{i}]: expected a 3-D image, got shape {tuple(image.shape)}")
         if not tensors:
