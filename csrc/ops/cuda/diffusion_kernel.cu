@@ -110,8 +110,7 @@ __global__ void __launch_bounds__(kThreads) diffusion_step_kernel(DiffusionStepC
   const float inverse = p.threshold != nullptr ? 1.0f / limit : 1.0f;
   const bool has_noise = c.noise != 0.0f && (p.noise.given != nullptr || p.noise.seeds != nullptr);
   float normals[kQuads][4];
-  if (has_noise && p.noise.seeds != nullptr)
-    draw_normals(p.noise.seeds, philox_step(c), at, normals);
+  if (has_noise && p.noise.seeds != nullptr) draw_normals(p.noise.seeds, philox_step(c), at, normals);
 #pragma unroll
   for (int j = 0; j < kQuads; ++j) {
     const int64_t first = at.first(j);
