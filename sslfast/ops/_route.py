@@ -40,7 +40,8 @@ def refuse_other_derivatives(*ops: torch.library.CustomOpDef) -> None:
     """
     for op in ops:
         kernel = torch._library.autograd.make_autograd_impl(op._opoverload, op)
-        _LIBRARY.impl(op._opoverload, _guard(kernel, op._opoverload._opname), "Autograd", with_keyset=True)
+        guarded = _guard(kernel, op._opoverload._opname)
+        _LIBRARY.impl(op._opoverload, guarded, "Autograd", with_keyset=True, allow_override=True)
 
 
 _LIBRARY = torch.library.Library("sslfast", "IMPL")
